@@ -1,0 +1,32 @@
+"""Images: sources fill stores, loaders take batches from them, one augmentation serves training and testing."""
+
+from __future__ import annotations
+
+import torch
+
+from alexnet_mp.config import Config
+from alexnet_mp.data.augment import Augment, Draw, needs_statistics
+from alexnet_mp.data.loader import Batch, Loader
+from alexnet_mp.data.sources import Splits, load
+from alexnet_mp.data.store import Statistics, Store
+
+__all__ = ["Augment", "Batch", "Draw", "Loader", "Splits", "Statistics", "Store", "build_loaders", "load"]
+
+
+def build_loaders(config: Config, splits: Splits, *, data_rank: int = 0, data_ranks: int = 1,
+                  device: torch.device | str = "cpu") -> tuple[Loader, Loader, Loader, Augment]:
+    """Loaders of the three splits for one data rank, and the augmentation that they share.
+
+    Small sets are resized once, in memory. ValueError where the data has more classes than the network.
+    """
+    found, classes = len(splits.train.classes), config.model.classes
+    if classes and found > classes:
+        raise ValueError(f"--classes {classes}: {found} classes found, --classes is {classes}; leave the flag out to take the data's own number")
+    size = config.model.image_size
+    side = config.data.resized_side(size)
+    statistics = splits.train.statistics(side) if needs_statistics(config.data) else None
+    augment = Augment(config.data, size, statistics, device)
+    train, val, test = (
+        Loader(store.resized(side), augment, config.recipe.batch_size, config.run.seed, training, data_rank, data_ranks, device)
+        for store, training in ((splits.train, True), (splits.val, False), (splits.test, False)))
+    return train, val, test, augment

@@ -1,0 +1,188 @@
+"""This rank's place: its device, its columns, its groups, its part of the model.
+
+Adjacent ranks form a model group (one copy of the network); ranks that hold the same columns of different copies form
+a data group. Ranks r = data * column_ranks + column, the row-major order of a device mesh ("data", "column").
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from alexnet_mp.config import Config, ModelConfig
+from alexnet_mp.exchange import GroupLink, Meter
+from alexnet_mp.model import AlexNet
+from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, rendezvous
+
+
+@dataclass
+class Placement:
+    """Where this rank stands. One rank is the degenerate case: no groups, all columns."""
+
+    environment: Environment
+    device: torch.device
+    columns: tuple[int, ...]
+    column_ranks: int = 1
+    backend: str = "none"
+    timeout: float = 60.0
+    mesh: Any = None
+    store: dist.Store | None = None
+    control: dist.ProcessGroup | None = None     # gloo over all ranks: flags, sums, checkpoints; never activations
+    meter: Meter = field(default_factory=Meter)
+    turns: int = 0                               # of `alone`, so that each has its own keys
+
+    @property
+    def rank(self) -> int:
+        return self.environment.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.environment.world_size
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank speaks for all: prints, shows progress, writes files."""
+        return self.rank == 0
+
+    @property
+    def data_ranks(self) -> int:
+        return self.world_size // self.column_ranks
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.column_ranks
+
+    @property
+    def column_rank(self) -> int:
+        return self.rank % self.column_ranks
+
+    def build_model(self, config: ModelConfig, seed: int) -> AlexNet:
+        """This rank's columns of the network, linked to the others', on this rank's device."""
+        link = GroupLink(self.mesh["column"].get_group(), self.meter) if self.column_ranks > 1 else None
+        return AlexNet(config, self.columns, link, seed).to(self.device)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """`model` with its gradients averaged over the data group; itself where there is one copy only."""
+        if self.data_ranks == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                       process_group=self.mesh["data"].get_group())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` (any shape, on the CPU) over all ranks, the same on each."""
+        values = values.clone()
+        if self.control is not None:
+            with self.meter.counting("control"):
+                self.meter.count("control", "forward", values, 1)
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (picklable), in rank order, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On the main rank: the union of all columns' `tensors`, on the CPU. On the others: their own.
+
+        Only the first copy of the network sends; what travels is metered as "checkpoint".
+        """
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        if self.control is None or self.column_ranks == 1:
+            return tensors
+        shapes = self.gather({name: tensor.shape for name, tensor in tensors.items()})
+        with self.meter.counting("checkpoint"):
+            for sender in range(1, self.column_ranks):
+                for name, shape in shapes[sender].items():
+                    if self.rank == sender:
+                        self.meter.count("weights", "forward", tensors[name], 1)
+                        dist.send(tensors[name].contiguous(), group=self.control, group_dst=0)
+                    elif self.main:
+                        tensors[name] = torch.empty(shape, dtype=next(iter(tensors.values())).dtype)
+                        dist.recv(tensors[name], group=self.control, group_src=sender)
+        return tensors
+
+    def alone(self, work: Callable[[], None]) -> None:
+        """`work` on the first rank of each host while the others wait; its failure is raised on all ranks.
+
+        The wait has no time limit (a download may take hours); torchrun ends it if the working rank dies.
+        """
+        if self.control is None:
+            return work()
+        message = None
+        if self.environment.local_rank == 0:
+            message = self._attempt(work)
+        failures = [m for m in self._gather_patiently(message) if m]
+        if failures:
+            raise ValueError(failures[0])
+
+    @staticmethod
+    def _attempt(work: Callable[[], None]) -> str | None:
+        try:
+            work()
+        except (OSError, ValueError, RuntimeError) as error:
+            return str(error) or repr(error)
+        return None
+
+    def _gather_patiently(self, message: str | None) -> list[str | None]:
+        # The store's wait, unlike a collective's, can be given its own limit without touching the group's.
+        store, self.turns = self.store, self.turns + 1
+        store.set(f"alone/{self.turns}/{self.rank}", json.dumps(message))
+        keys = [f"alone/{self.turns}/{rank}" for rank in range(self.world_size)]
+        store.wait(keys, timedelta(days=7))
+        return [json.loads(store.get(key)) for key in keys]
+
+    def close(self) -> None:
+        """Leaves the process group; without it torch warns and some backends hang at exit."""
+        if self.control is not None:
+            dist.destroy_process_group()
+            self.control = None
+
+
+def connect(config: Config, environment: Environment | None = None) -> Placement:
+    """Finds this rank's place and, with more than one rank, makes the groups. ValueError where that cannot be.
+
+    All that can be refused is refused before the first collective, and nothing waits longer than `--timeout`.
+    """
+    environment = environment or Environment.read()
+    columns, run = config.model.columns, config.run
+    column_ranks = choose_column_ranks(columns, environment.world_size, run.column_ranks)
+    device = choose_device(run.device, environment)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)        # before any group: NCCL binds to the current device
+    share = columns // column_ranks
+    first = environment.rank % column_ranks * share
+    placement = Placement(environment, device, tuple(range(first, first + share)), column_ranks, timeout=run.timeout)
+    if environment.world_size == 1:
+        if run.backend == "nccl" and device.type != "cuda":
+            raise ValueError(f"--backend nccl: needs CUDA devices, this rank runs on {device.type}; use gloo or auto")
+        return placement
+    store = placement.store = rendezvous(environment, run.timeout)
+    placement.backend = agree(store, environment, device, config)
+    limit = timedelta(seconds=run.timeout)
+    dist.init_process_group(placement.backend, store=dist.PrefixStore("world", store), rank=environment.rank,
+                            world_size=environment.world_size, timeout=limit)
+    placement.mesh = dist.init_device_mesh("cuda" if placement.backend == "nccl" else "cpu", (placement.data_ranks, column_ranks),
+                                           mesh_dim_names=("data", "column"))
+    placement.control = dist.new_group(backend="gloo", timeout=limit)
+    return placement
+
+
+def describe(placement: Placement) -> dict[str, Any]:
+    """Versions, devices and placement for config.json."""
+    device = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else platform.processor() or platform.machine()
+    return {"torch": torch.__version__, "python": platform.python_version(), "device": str(placement.device), "device_name": device,
+            "backend": placement.backend, "ranks": placement.world_size, "column_ranks": placement.column_ranks,
+            "data_ranks": placement.data_ranks, "threads": torch.get_num_threads()}

@@ -1,0 +1,195 @@
+"""The layers that PyTorch lacks or has otherwise: response normalisation, dropout as of 2012, overlapping pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from alexnet_mp.seeds import combine
+
+CHUNK_BYTES = 512 * 1024     # of one operand on the CPU: a handful of them stay in the cache from one operation to the next
+
+
+class _ResponseNorm(torch.autograd.Function):
+    """y = x d^-beta with d = k + alpha * window_sum(x^2); `window_sum` is linear and its own transpose.
+
+    backward    dx = g d^-beta - 2 alpha beta x window_sum(g x d^-(beta + 1))
+
+    Only x is kept, which the layer below keeps anyway: d costs less to compute again than to fetch. Half precision is
+    widened to float32 inside, x^2 would overflow in fp16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window_sum: Callable[[Tensor], Tensor], k: float, alpha: float, beta: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.settings = window_sum, k, alpha, beta
+        y = torch.empty_like(x)
+        for part, out in zip(_chunks(x), _chunks(y), strict=True):
+            wide = _widened(part)
+            out.copy_(wide * _power(_denominator(wide, window_sum, k, alpha), beta))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        window_sum, k, alpha, beta = ctx.settings
+        dx = torch.empty_like(x)
+        for part, g, out in zip(_chunks(x), _chunks(gradient), _chunks(dx), strict=True):
+            wide, g = _widened(part), _widened(g)
+            d = _denominator(wide, window_sum, k, alpha)
+            scaled = g * _power(d, beta)                                    # g d^-beta
+            spread = window_sum((scaled * wide).div_(d)).mul_(wide)
+            out.copy_(scaled.add_(spread, alpha=-2 * alpha * beta))
+        return dx, None, None, None, None
+
+
+def _chunks(x: Tensor) -> list[Tensor]:
+    """Runs of images that fit the CPU's cache together with what is computed from them; on other devices all at once."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [x]
+    image_bytes = max(x[:1].numel(), 1) * 4
+    return list(x.split(max(1, CHUNK_BYTES // image_bytes)))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _denominator(x: Tensor, window_sum: Callable[[Tensor], Tensor], k: float, alpha: float) -> Tensor:
+    return window_sum(x * x).mul_(alpha).add_(k)
+
+
+def _power(d: Tensor, beta: float) -> Tensor:
+    """d^-beta. 0.75 is two square roots and a division, several times as fast as a power."""
+    if beta == 0.75:
+        root = d.sqrt()
+        return root.sqrt().mul_(root).reciprocal_()
+    return d.pow(-beta)
+
+
+def sum_over_neighbours(x: Tensor, size: int) -> Tensor:
+    """The sum over `size` neighbouring kernel maps of (N, C, ...), cut off at the first and the last; the same shape."""
+    channels, half = x.shape[1], size // 2
+    padded = F.pad(x.flatten(2), (0, 0, half, half))                        # (N, C + size - 1, pixels)
+    if size != 5:
+        total = padded[:, :channels].clone()
+        for shift in range(1, size):
+            total += padded[:, shift:channels + shift]
+        return total.view_as(x)
+    pairs = padded[:, :channels + 2] + padded[:, 1:channels + 3]            # five terms in three additions
+    return (pairs[:, :channels] + pairs[:, 2:]).add_(padded[:, 4:]).view_as(x)
+
+
+def sum_over_pixels(x: Tensor, size: int) -> Tensor:
+    """The sum over size x size pixels of the same map, zeros beyond its edge; (N, C, H, W) -> the same."""
+    return F.avg_pool2d(x, size, stride=1, padding=size // 2, divisor_override=1)
+
+
+def response_norm(x: Tensor, window_sum: Callable[[Tensor], Tensor], k: float, alpha: float, beta: float) -> Tensor:
+    """x / (k + alpha * window_sum(x^2))^beta, of any shape and floating type; see `_ResponseNorm`."""
+    return _ResponseNorm.apply(x, window_sum, k, alpha, beta)
+
+
+class LocalResponseNorm(nn.Module):
+    """Local response normalisation across kernel maps (paper, section 3.3): (N, C, H, W) -> the same.
+
+    `alpha` multiplies the plain SUM of the squares, as the paper prints it: torch.nn.LocalResponseNorm divides it by
+    `size` first. The window is cut off at the first and last map, so it never reaches into another column.
+    """
+
+    def __init__(self, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75) -> None:
+        super().__init__()
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"size {size}: must be odd, the window is centred")
+        self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return response_norm(x, self._window_sum, self.k, self.alpha, self.beta)
+
+    def _window_sum(self, x: Tensor) -> Tensor:
+        return sum_over_neighbours(x, self.size)
+
+    def extra_repr(self) -> str:
+        return f"{self.size} maps, k={self.k:g}, alpha={self.alpha:g}, beta={self.beta:g}"
+
+
+class MapNorm(LocalResponseNorm):
+    """The second norm of layer 2 in the 2012 source: over size x size pixels of the same map, k = 1. Not in the paper."""
+
+    def __init__(self, size: int = 5, k: float = 1.0, alpha: float = 4e-5, beta: float = 0.75) -> None:
+        super().__init__(size, k, alpha, beta)
+
+    def _window_sum(self, x: Tensor) -> Tensor:
+        return sum_over_pixels(x, self.size)
+
+    def extra_repr(self) -> str:
+        return f"{self.size}x{self.size} pixels, k={self.k:g}, alpha={self.alpha:g}, beta={self.beta:g}"
+
+
+def overlapping_max_pool(x: Tensor, size: int = 3, stride: int = 2) -> Tensor:
+    """Max pooling whose windows overlap where stride < size (paper, section 3.4): (N, C, H, W) -> (N, C, H', W')."""
+    return F.max_pool2d(x, size, stride)
+
+
+# Dropout masks are an integer hash, not a stream of random numbers: the bit of one unit for one image depends on
+# (seed, step, layer, column, row in the global batch) only, so no placement, device or resumed run can change it.
+_ROW, _UNIT = 0x9E3779B97F4A7C15 - 2**64, 0x85EBCA6B     # odd, so that every row and unit has its own product
+
+
+def _signed(value: int) -> int:
+    """A 32-bit pattern as the int32 that has it."""
+    return (value & 0xFFFFFFFF) - ((value & 0x80000000) << 1)
+
+
+def _mixed(x: Tensor, shift: int, factor: int) -> Tensor:
+    """One round of an integer hash on int32 (products wrap), in place: x ^= x >>> shift; x *= factor."""
+    high = x >> shift
+    high &= (1 << (32 - shift)) - 1                       # the shift is arithmetic: clear the copies of the sign
+    return x.bitwise_xor_(high).mul_(_signed(factor))
+
+
+def dropout_keys(seed: int, step: int, rows: Tensor) -> Tensor:
+    """One int64 key per row of the global batch: rows (N,) -> (N,), on the device of `rows`."""
+    keys = rows.long() * _ROW + combine(seed, "dropout", step)
+    for shift in (30, 27):                                # high bits into the low ones, which products do not do
+        keys = (keys ^ ((keys >> shift) & ((1 << (64 - shift)) - 1))) * 0x1CE4E5B9BF58476D
+    return keys
+
+
+def dropout_mask(keys: Tensor, layer: str, column: int, units: int, rate: float) -> Tensor:
+    """Which units are dropped: keys (N,) -> bool (N, units), True with probability `rate`."""
+    base = _signed(combine("dropout", layer, column))
+    unit = torch.arange(units, dtype=torch.int32, device=keys.device).mul_(_signed(_UNIT)).add_(base)
+    unit = _mixed(_mixed(unit, 16, 0x7FEB352D), 15, 0x846CA68B)
+    low, high = keys.int(), (keys >> 32).int()            # .int() keeps the low 32 bits
+    x = unit[None] ^ low[:, None]                         # (N, units)
+    x = _mixed(_mixed(x, 16, 0x7FEB352D).add_(high[:, None]), 15, 0x846CA68B)
+    return _mixed(x, 16, 0xC2B2AE35) < round(rate * 2**32) - 2**31
+
+
+class Dropout(nn.Module):
+    """Sets a random `rate` of the units (N, units) of one layer of one column to zero in training.
+
+    kind "2012" (paper, section 4.2): kept units unchanged in training, all multiplied by 1 - rate in testing.
+    kind "inverted" (torch.nn.Dropout, the tutorial): kept units divided by 1 - rate in training, unchanged in testing.
+    """
+
+    def __init__(self, rate: float, layer: str, column: int, kind: str = "2012") -> None:
+        super().__init__()
+        self.rate, self.layer, self.column, self.kind = rate, layer, column, kind
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        keep = 1 - self.rate
+        if not self.training:
+            return x * keep if self.kind == "2012" else x
+        x = x.masked_fill(dropout_mask(keys, self.layer, self.column, x.shape[1], self.rate), 0.0)
+        return x if self.kind == "2012" else x / keep
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:g}, after {self.layer}, kind={self.kind}"

@@ -1,0 +1,146 @@
+"""Before any process group: what the launcher said, which device and how many columns are this rank's, and whether all ranks agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from alexnet_mp.config import Config
+
+HOW_TO_START = "start with `torchrun --nproc_per_node=2 launch/train.py`, or with `python launch/train.py` after `unset RANK WORLD_SIZE`"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the launcher said: torchrun's variables, or one process of its own."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    address: str = ""
+    port: int = 0
+
+    @staticmethod
+    def read(variables: Mapping[str, str] = os.environ) -> Environment:
+        """Raises ValueError, naming the variable, where they are incomplete or not numbers."""
+        if "RANK" not in variables and "WORLD_SIZE" not in variables:
+            return Environment()
+        numbers = {}
+        for name, default in (("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", variables.get("RANK")),
+                              ("LOCAL_WORLD_SIZE", variables.get("WORLD_SIZE")), ("MASTER_PORT", "0")):
+            value = variables.get(name, default)
+            if value is None or not value.isdigit():
+                raise ValueError(f"the environment has {name}={value!r} but not all that a launcher sets; {HOW_TO_START}")
+            numbers[name] = int(value)
+        rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+        if rank >= world_size:
+            raise ValueError(f"the environment has RANK={rank} but WORLD_SIZE={world_size}; {HOW_TO_START}")
+        address = variables.get("MASTER_ADDR", "")
+        if world_size > 1 and not (address and numbers["MASTER_PORT"]):
+            raise ValueError(f"the environment has WORLD_SIZE={world_size} but no MASTER_ADDR and MASTER_PORT; {HOW_TO_START}")
+        return Environment(rank, world_size, numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"], address, numbers["MASTER_PORT"])
+
+
+def choose_column_ranks(columns: int, world_size: int, asked: int = 0) -> int:
+    """How many ranks share one copy of a network of `columns` columns.
+
+    Default: the largest divisor of `columns` that divides `world_size`, but never 1 in a larger world with two or more
+    columns: that is data parallelism, which has to be asked for. Raises ValueError naming the sizes that work.
+    """
+    divisors = [n for n in range(1, columns + 1) if columns % n == 0]
+    if asked:
+        if asked not in divisors:
+            raise ValueError(f"--column-ranks {asked}: {columns} columns divide among {', '.join(map(str, divisors))} ranks")
+        if world_size % asked:
+            raise ValueError(f"--column-ranks {asked}: {world_size} ranks do not divide into groups of {asked}; "
+                             f"--nproc_per_node must be a multiple of {asked}")
+        return asked
+    best = max(n for n in divisors if world_size % n == 0)
+    if best == 1 and world_size > 1 and columns > 1:
+        raise ValueError(f"{world_size} ranks cannot share {columns} columns: --nproc_per_node must be 1 or a multiple of "
+                         f"{' or '.join(str(n) for n in divisors[1:])} (or --column-ranks 1 for pure data parallelism)")
+    return best
+
+
+def choose_device(asked: str, environment: Environment) -> torch.device:
+    """This rank's device: its own GPU, the one GPU that all share, MPS for a single rank, or the CPU. ValueError if there is none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and not count:
+        raise ValueError("--device cuda: this rank sees no CUDA device (CUDA_VISIBLE_DEVICES, driver); --device cpu works without one")
+    if count and asked in ("auto", "cuda"):
+        if count > 1 and count < environment.local_world_size:
+            raise ValueError(f"{environment.local_world_size} ranks on this host but {count} GPUs: use --nproc_per_node={count}, "
+                             "CUDA_VISIBLE_DEVICES=0 to let all share one, or --device cpu")
+        return torch.device("cuda", environment.local_rank if count > 1 else 0)
+    mps = torch.backends.mps.is_available()
+    if asked == "mps" and (not mps or environment.world_size > 1):
+        raise ValueError("--device mps: " + ("MPS serves one rank only; start one, or use --device cpu" if mps else "this machine has no MPS"))
+    return torch.device("mps" if mps and asked in ("auto", "mps") and environment.world_size == 1 else "cpu")
+
+
+def rendezvous(environment: Environment, timeout: float) -> dist.Store:
+    """The store through which ranks find each other; all of them have arrived when it returns."""
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    limit, rank, size = timedelta(seconds=timeout), environment.rank, environment.world_size
+    try:
+        store = dist.TCPStore(environment.address, environment.port, size, is_master=rank == 0 and not by_torchrun,
+                              timeout=limit, wait_for_workers=False, multi_tenant=True)
+    except (dist.DistError, RuntimeError) as error:
+        missing = f"rank 0 did not answer at {environment.address}:{environment.port}" if rank else f"port {environment.port} cannot be opened"
+        raise ValueError(f"rank {rank} of {size} waited {timeout:g} s: {missing} ({_first_line(error)}); {HOW_TO_START}") from None
+    store = dist.PrefixStore(f"alexnet_mp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store.set(f"arrived/{rank}", "1")
+    try:
+        store.wait([f"arrived/{other}" for other in range(size)], limit)
+    except (dist.DistError, RuntimeError):
+        absent = [str(other) for other in range(size) if not store.check([f"arrived/{other}"])]
+        raise ValueError(f"rank {rank} of {size} waited {timeout:g} s for rank {', '.join(absent)}, which did not start; {HOW_TO_START}") from None
+    return store
+
+
+def agree(store: dist.Store, environment: Environment, device: torch.device, config: Config) -> str:
+    """Compares what all ranks must have in common and picks the backend. ValueError, the same on all ranks, names who differs."""
+    mine = {"device": device.type, "torch": torch.__version__, "host": socket.gethostname(),
+            "gpu": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "",
+            "config": {k: v for k, v in config.to_dict().items() if k != "run"}, "seed": config.run.seed}
+    store.set(f"here/{environment.rank}", json.dumps(mine))
+    ranks = [json.loads(store.get(f"here/{rank}")) for rank in range(environment.world_size)]
+    for name, hint in (("device", " (is a GPU hidden from one of them? see CUDA_VISIBLE_DEVICES)"), ("torch", ""), ("seed", ""), ("config", "")):
+        for rank, other in enumerate(ranks):
+            if other[name] != ranks[0][name]:
+                values = "" if name == "config" else f": {ranks[0][name]} on rank 0, {other[name]} on rank {rank}"
+                raise ValueError(f"rank {rank} differs from rank 0 in {name}{values}{hint}")
+    gpus = [(rank["host"], rank["gpu"]) for rank in ranks]
+    shared = device.type == "cuda" and len(set(gpus)) < len(gpus)
+    asked = config.run.backend
+    if asked == "nccl" and (shared or device.type != "cuda"):
+        reason = "two ranks share one GPU, which NCCL refuses" if shared else f"the ranks run on {device.type}"
+        raise ValueError(f"--backend nccl: {reason}; use --backend gloo or auto")
+    if shared and environment.rank == 0:
+        print(f"{environment.world_size} ranks share {len(set(gpus))} GPU: exchanging through gloo and host memory")
+    return asked if asked != "auto" else "nccl" if device.type == "cuda" and not shared else "gloo"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0][:120]
+
+
+def set_threads(asked: int, environment: Environment) -> int:
+    """CPU threads of this rank: as asked, or as OMP_NUM_THREADS says, or the cores of this process shared by the ranks of this host.
+
+    torchrun sets OMP_NUM_THREADS=1 where the user set nothing, so with several ranks it says nothing.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not asked and environment.local_world_size == 1 and os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        asked = int(os.environ["OMP_NUM_THREADS"])
+    threads = asked or max(1, cores // environment.local_world_size)
+    torch.set_num_threads(threads)
+    return threads

@@ -1,0 +1,193 @@
+"""One whole training run: from a configuration to the files in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alexnet_mp import checkpoint
+from alexnet_mp.config import Config
+from alexnet_mp.data import build_loaders, sources
+from alexnet_mp.distributed import Placement, connect, describe
+from alexnet_mp.exchange import EVALUATION, TRAINING
+from alexnet_mp.optim import build_optimizer
+from alexnet_mp.rendezvous import set_threads
+from alexnet_mp.schedule import EarlyStopping, build_schedule
+from alexnet_mp.trainer import NonFiniteError, Trainer
+
+
+def run(config: Config, install_signals: Callable[[Trainer], None] | None = None) -> dict[str, Any]:
+    """Trains as `config` says and returns what result.json holds, or {"stopped": True, ...}. Every rank calls it.
+
+    `install_signals` is handed the trainer, whose `stop_requested` a signal handler may set.
+
+    Raises ValueError or OSError (one line, naming the flag, file or rank) for what a user can mend, NonFiniteError for a
+    diverged run, with last.pt from before the step.
+    """
+    placement = connect(config)
+    result = Run(config, placement).go(install_signals)
+    placement.close()        # not after an error: closing would reach the peers before the cause does, as "connection lost"
+    return result
+
+
+class Run:
+    """The pieces of a run on this rank, and the files of its folder, which the main rank writes."""
+
+    def __init__(self, config: Config, placement: Placement) -> None:
+        self.placement = placement
+        threads = set_threads(config.run.threads, placement.environment)
+        if config.run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        self.say(self._introduction(config, threads))
+        splits = sources.load(config.data, config.run.seed, placement.alone, progress=placement.main)
+        self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
+        self.train_loader, self.val_loader, self.test_loader, self.augment = build_loaders(
+            config, splits, data_rank=placement.data_rank, data_ranks=placement.data_ranks, device=placement.device)
+        self.data = {"classes": list(splits.train.classes), "images": [len(splits.train), len(splits.val), len(splits.test)]}
+        self.say(f"{config.data.data}: {len(self.data['classes'])} classes; {' / '.join(f'{n:,}' for n in self.data['images'])} images "
+                 "to train / validate / test")
+        self.model = placement.build_model(config.model, config.run.seed)
+        if config.run.compile:
+            self.model.compile()
+        optimizer = build_optimizer(self.model, config.recipe)
+        self.trainer = Trainer(
+            self.model, nn.CrossEntropyLoss(reduction="sum"), optimizer, placement.device, patience=0,
+            schedule=build_schedule(optimizer, config.recipe),
+            early_stopping=EarlyStopping(config.recipe.patience, delta=config.recipe.delta) if config.recipe.patience else None,
+            placement=placement, precision=config.run.precision, seed=config.run.seed, max_steps=config.recipe.max_steps)
+        self.trainer.on_epoch = self._end_epoch
+        self.out = Path(config.run.out or f"runs/{config.preset}-{config.data.data}-{self._start_time()}")
+        self.started = time.perf_counter()
+
+    def go(self, install_signals: Callable[[Trainer], None] | None = None) -> dict[str, Any]:
+        """Trains, then tests the best weights, once, on images that no decision was made on."""
+        self._open_folder()
+        trainer, recipe = self.trainer, self.config.recipe
+        if self.config.run.resume:
+            self._resume()
+        if install_signals:
+            install_signals(trainer)
+        try:
+            trainer.train(self.train_loader, self.val_loader, max(recipe.epochs - trainer.epoch, 0) if not trainer.out_of_steps else 0)
+        except NonFiniteError:
+            self._save(improved=False)
+            raise
+        if trainer.batch or not trainer.history:
+            self._save(improved=False)       # within an epoch: the epochs before it have been saved as they ended
+        if trainer.stop_requested:
+            self.say(f"stopped at step {trainer.step}, saved; continue with the same command and --out {self.out} --resume")
+            return {"stopped": True, "out": str(self.out)}
+        return self._finish()
+
+    def say(self, text: str) -> None:
+        """Prints on the main rank."""
+        if self.placement.main:
+            print(text, flush=True)
+
+    def _introduction(self, config: Config, threads: int) -> str:
+        place, model = self.placement, config.model
+        where = f"{place.world_size} rank{'s' * (place.world_size > 1)} on {place.device.type}"
+        if place.world_size > 1:
+            where += f" through {place.backend}: {place.column_ranks} to a network, {place.data_ranks} network{'s' * (place.data_ranks > 1)}"
+        return (f"alexnet_mp: preset {config.preset}, {model.columns} column{'s' * (model.columns > 1)} at {model.image_size} px, {where}, "
+                f"{threads} thread{'s' * (threads > 1)} each, {config.run.precision}, seed {config.run.seed}")
+
+    def _start_time(self) -> str:
+        """One name for all ranks, which do not start at the same second."""
+        return self.placement.gather(time.strftime("%Y%m%d-%H%M%S"))[0]
+
+    def _open_folder(self) -> None:
+        """Makes the folder and writes config.json; ValueError on all ranks where that cannot be or would overwrite another run."""
+        failure = None
+        if self.placement.main:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                if not self.config.run.resume and (self.out / "last.pt").exists():
+                    raise OSError("holds another run's last.pt; continue that one with --resume, or name another folder")
+                content = {"config": self.config.to_dict(), "environment": describe(self.placement), "data": self.data}
+                (self.out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                failure = f"--out {self.out}: {error.strerror or error}"
+        failure = self.placement.gather(failure)[0]
+        if failure:
+            raise ValueError(failure)
+
+    def _resume(self) -> None:
+        path = self.config.run.resume
+        content = checkpoint.read(path)
+        if content["data"] != self.data:
+            raise ValueError(f"--data-dir {self.config.data.data_dir}: {path} was trained on other data, {content['data']['images']} images of "
+                             f"{len(content['data']['classes'])} classes, not {self.data['images']} of {len(self.data['classes'])}")
+        checkpoint.load_model(content, self.model, path)
+        checkpoint.load_velocity(content, self.model, self.trainer.optimizer)
+        self.trainer.load_state_dict(content["loop"])
+        self._write_history()
+        self.say(f"resumed from {path}: {self.trainer.epoch} epochs and {self.trainer.batch} steps done")
+
+    def _end_epoch(self, record: dict[str, Any], improved: bool) -> None:
+        self._write_history()
+        self._save(improved)
+
+    def _save(self, improved: bool) -> None:
+        trainer = self.trainer
+        checkpoint.save(self.out / "last.pt", self.placement, self.model, trainer.optimizer, self.config, trainer.state_dict(), self.data,
+                        self.out / "best.pt" if improved else None)
+
+    def _write_history(self) -> None:
+        if self.placement.main:
+            lines = [json.dumps(record) + "\n" for record in self.trainer.history]
+            temporary = self.out / "history.jsonl.tmp"
+            temporary.write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, self.out / "history.jsonl")
+
+    def _finish(self) -> dict[str, Any]:
+        trainer, place = self.trainer, self.placement
+        best = self.out / "best.pt"
+        if trainer.best["epoch"] is not None:
+            checkpoint.load_model(checkpoint.read(best), self.model, best)
+        scores = trainer.scores(self.test_loader)
+        total_seconds = sum(record["seconds"] for record in trainer.history)
+        result = {
+            "test_loss": scores.loss, "top1": scores.top1, "top5": scores.top5, "best_epoch": trainer.best["epoch"],
+            "epochs": trainer.epoch, "steps": trainer.step, "seconds": round(total_seconds, 3),
+            "images_per_second": trainer.history[-1]["images_per_second"] if trainer.history else None,
+            "ranks": place.world_size, "device": str(place.device), "precision": self.config.run.precision, "exchange": self._exchange(),
+        }
+        if place.main:
+            (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            self._draw_curves()
+        top5 = f", top-{min(5, self.config.model.classes)} {scores.top5:.2%}" if self.config.model.classes > 2 else ""
+        self.say(f"test: loss {scores.loss:.4f}, accuracy {scores.top1:.2%}{top5} "
+                 f"({scores.images:,} images, weights of {'epoch ' + str(trainer.best['epoch']) if trainer.best['epoch'] else 'the last step'})")
+        self.say(f"files: {self.out}/curves.png  history.jsonl  result.json  best.pt  last.pt")
+        return result
+
+    def _exchange(self) -> dict[str, Any]:
+        """What the meter saw on this rank (every rank of a copy sends the same amounts)."""
+        meter, seen = self.placement.meter, self.trainer.images_seen
+        if self.placement.column_ranks == 1:
+            return {"values_per_image": {}, "values_per_image_backward": {}, "bytes_per_step": 0}
+        phase, images = (TRAINING, seen // self.placement.data_ranks) if seen else (EVALUATION, self.test_loader.images)
+        per_image = {direction: {name: meter.total_values(name, direction, phase) / images for name in self.config.model.crossings}
+                     for direction in ("forward", "backward")}
+        whole = {direction: {name: int(n) if n == int(n) else n for name, n in values.items()} for direction, values in per_image.items()}
+        return {"values_per_image": whole["forward"], "values_per_image_backward": whole["backward"],
+                "bytes_per_step": self.trainer.largest_step_bytes}
+
+    def _draw_curves(self) -> None:
+        if not self.trainer.history:
+            return
+        from alexnet_mp.figures import draw_curves
+        try:
+            draw_curves(self.trainer.history, self.out / "curves.png")
+        except (OSError, ValueError) as error:      # a picture must not cost the run its result
+            self.say(f"curves.png could not be drawn: {error}")
+

@@ -1,0 +1,293 @@
+"""The training loop: the tutorial's Trainer, which also trains a network that is spread over ranks.
+
+One rank with any module and any DataLoader is the degenerate case of many ranks with columns; there is no second loop.
+All ranks run the same loop on the same numbers, so that every decision (stop, skip, rate) is taken alike.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm.auto import tqdm
+
+from alexnet_mp.distributed import Environment, Placement
+from alexnet_mp.evaluation import Scores, evaluate, topk_correct
+from alexnet_mp.exchange import EVALUATION
+from alexnet_mp.layers import dropout_keys
+from alexnet_mp.model import AlexNet
+from alexnet_mp.precision import LossScale, autocast
+from alexnet_mp.schedule import Constant, EarlyStopping, Plateau
+
+COLUMNS = "epoch    step        lr   train loss  train top-1   val loss  val top-1  val top-5  grad norm  images/s  seconds"
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient stopped being a number; the weights are those from before that step."""
+
+
+class Trainer:
+    """Trains `model`, watches the validation loss, keeps the best weights.
+
+    The first five arguments are the tutorial's: a module that gives logits, a loss, an optimiser, a device, and the
+    epochs without improvement after which to stop. `criterion` gives the mean over a batch, or its sum where its
+    `reduction` is "sum"; with several data ranks it must be the sum, which is then divided by the global batch.
+    A batch is (images, labels, ...); `rows` and `first_row` of it, if there, are its place in the global batch.
+
+    `train_losses`, `val_losses` (means over images) and `gradient_norms` (means over steps) have one entry per epoch.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device | str,
+                 patience: int = 7, *, schedule: Constant | None = None, early_stopping: EarlyStopping | None = None,
+                 placement: Placement | None = None, precision: str = "fp32", seed: int = 0, max_steps: int = 0,
+                 verbose: bool = True) -> None:
+        self.device = torch.device(device)
+        self.model, self.criterion, self.optimizer = model.to(self.device), criterion, optimizer
+        self.placement = placement or Placement(Environment(), self.device, (0,))
+        self.replica = self.placement.parallel(self.model)
+        self.early_stopping = early_stopping or (EarlyStopping(patience) if patience else None)
+        # The tutorial's schedule: half the rate after 3 epochs without improvement, down to 1e-6.
+        self.schedule = schedule or Plateau(optimizer, factor=0.5, patience=3, min_lr=1e-6)
+        self.precision, self.loss_scale = precision, LossScale(precision)
+        self.seed, self.max_steps = seed, max_steps
+        self.verbose = verbose and self.placement.main
+        self.summed = getattr(criterion, "reduction", "mean") == "sum"
+        self.epoch = self.step = self.batch = 0      # whole epochs, all steps, steps of the current epoch
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"val_loss": math.inf, "epoch": None}
+        self.stop_requested = False                  # set from a signal handler; obeyed after the step, on all ranks at once
+        self.images_seen = 0                         # by this process, for the meter's figures per image
+        self.largest_step_bytes = 0
+        self.on_epoch: Callable[[dict[str, Any], bool], None] | None = None
+        self._best_weights: dict[str, Tensor] | None = None
+        self._start_tally()
+
+    @property
+    def scheduler(self) -> ReduceLROnPlateau | None:
+        """The plateau rule behind the schedule, where it is one (the tutorial's name)."""
+        return getattr(self.schedule, "plateau", None)
+
+    @property
+    def train_losses(self) -> list[float]:
+        return [record["train_loss"] for record in self.history]
+
+    @property
+    def val_losses(self) -> list[float]:
+        return [record["val_loss"] for record in self.history]
+
+    @property
+    def gradient_norms(self) -> list[float]:
+        return [record["grad_norm"] for record in self.history]
+
+    def train(self, train_loader: Any, val_loader: Any, epochs: int) -> list[dict[str, Any]]:
+        """Trains for `epochs` more epochs or until a reason to stop; returns the history, one dictionary per epoch.
+
+        Afterwards the model has the weights of the best epoch, unless `on_epoch` has been set to keep them elsewhere.
+        Raises ValueError for a loader without batches, NonFiniteError where the loss or a gradient is not finite.
+        """
+        for loader, name in ((train_loader, "training"), (val_loader, "validation")):
+            if isinstance(loader, Sized) and not len(loader):
+                raise ValueError(f"the {name} loader has no batches: fewer images than a batch with drop_last, or none at all")
+        last = self.epoch + epochs
+        if self.verbose and epochs:
+            print(COLUMNS, flush=True)
+        while self.epoch < last and not self.stopped_early:
+            if not self._train_epoch(train_loader):
+                break
+            self._end_epoch(self._scores(val_loader))
+            if self.out_of_steps or self.stop_requested:
+                break
+        if self.stopped_early and self.verbose:
+            print(f"stopped early: no better validation loss for {self.early_stopping.counter} epochs")
+        if self._best_weights is not None:
+            self.model.load_state_dict(self._best_weights)
+        return self.history
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.early_stopping is not None and self.early_stopping.early_stop
+
+    @property
+    def out_of_steps(self) -> bool:
+        return bool(self.max_steps) and self.step >= self.max_steps
+
+    def _train_epoch(self, loader: Any) -> bool:
+        """The rest of the current epoch; False if it was left before its end."""
+        self.model.train()
+        batches = len(loader) if isinstance(loader, Sized) else None
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(self.epoch, self.batch)
+        elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
+            loader.sampler.set_epoch(self.epoch)
+        started = time.perf_counter()
+        bar = tqdm(loader, f"epoch {self.epoch + 1}", total=batches, initial=self.batch, unit="step", leave=False,
+                   disable=None if self.verbose else True)
+        for batch in bar:
+            self.schedule.advance(self.epoch + (self.batch / batches if batches else 0))
+            self._step(batch)
+            if bar.disable is False and self.step % 10 == 0:
+                bar.set_postfix_str(f"loss {float(self._sums[0] / self._sums[2].clamp(min=1)):.3f}")
+            if (self.stop_requested or self.out_of_steps) and self.batch != batches:
+                self._tally["seconds"] += time.perf_counter() - started
+                return False
+        bar.close()
+        self._tally["seconds"] += time.perf_counter() - started
+        if not self._tally["steps"]:
+            raise ValueError("the training loader gave no batches")
+        return True
+
+    def _step(self, batch: Any) -> None:
+        """One optimiser step on one batch."""
+        images, labels = batch[0].to(self.device, non_blocking=True), batch[1].to(self.device, non_blocking=True)
+        rows, first_row = getattr(batch, "rows", len(labels)), getattr(batch, "first_row", 0)
+        sent_before = self.placement.meter.total_bytes()
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device, self.precision):
+            logits = self.replica(images, *self._keys(images, first_row))
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        loss = self.criterion(logits, labels)
+        # The sum over this rank's rows, divided by the whole batch: right for uneven tails too. DDP averages its ranks' gradients, so that is undone.
+        share = loss / rows * self.placement.data_ranks if self.summed else loss
+        (share * self.loss_scale.scale).backward()
+        self.largest_step_bytes = max(self.largest_step_bytes, self.placement.meter.total_bytes() - sent_before)
+        squared_norm = self._agree(loss)
+        if self.loss_scale.update(squared_norm):
+            self._unscale()
+            self.optimizer.step()
+            self._tally["grad_norm"] += math.sqrt(squared_norm)
+        self.step, self.batch, self.images_seen = self.step + 1, self.batch + 1, self.images_seen + rows
+        self._tally["steps"] += 1
+        with torch.no_grad():
+            loss_sum = loss.detach() * (1 if self.summed else len(labels))
+            self._sums += torch.stack([count.to(self._sums.dtype) for count in (
+                loss_sum, topk_correct(logits, labels, 1), torch.tensor(len(labels), device=self.device))])
+
+    def _keys(self, images: Tensor, first_row: int) -> tuple[Tensor, ...]:
+        """The dropout keys of these rows for our own network; other modules take images only."""
+        if not isinstance(self.model, AlexNet):
+            return ()
+        rows = torch.arange(first_row, first_row + len(images), device=self.device)
+        return (dropout_keys(self.seed, self.step, rows),)
+
+    def _agree(self, loss: Tensor) -> float:
+        """What all ranks must know before the update: the squared gradient norm, and whether one wants to stop.
+
+        Raises NonFiniteError on all ranks if the loss of any, or the norm, is not finite (fp16: if a smaller scale does not help).
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
+        squared = norms.double().square().sum().item() / self.loss_scale.scale**2
+        finite = math.isfinite(loss.item())
+        mine = torch.tensor([squared / self.placement.data_ranks, float(not finite), float(self.stop_requested)], dtype=torch.float64)
+        squared, not_finite, stop = self.placement.sum(mine).tolist()
+        self.stop_requested = stop > 0
+        if not_finite or (not math.isfinite(squared) and not self.loss_scale.active) or self.loss_scale.exhausted:
+            what = "the loss" if not_finite else "a gradient"
+            raise NonFiniteError(f"step {self.step + 1} (epoch {self.epoch + 1}): {what} is not finite, so the step was not taken; "
+                                 f"lr {self.lr:g} may be too high for this network and data")
+        return squared
+
+    def _unscale(self) -> None:
+        if self.loss_scale.scale != 1:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale.scale)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the weights behind conv1 (of the last group, for other modules the only one)."""
+        groups = [g for g in self.optimizer.param_groups if g.get("layer") == "rest" and g.get("kind") == "weight"]
+        return (groups or self.optimizer.param_groups)[-1]["lr"]
+
+    def _end_epoch(self, scores: Scores) -> None:
+        """Validation is done: record, decide, hand over."""
+        loss, correct, images = self._all_copies(self._sums.cpu().double()).tolist()
+        seconds, steps = self._tally["seconds"], self._tally["steps"]
+        record = {
+            "epoch": self.epoch + 1, "step": self.step, "lr": self.lr, "train_loss": loss / images, "train_top1": correct / images,
+            "val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5, "grad_norm": self._tally["grad_norm"] / steps,
+            "images_per_second": images / seconds, "seconds": round(seconds + self._validation_seconds, 3),
+        }
+        self.history.append(record)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.schedule.end_epoch(scores.loss)
+        if self.early_stopping is not None:
+            self.early_stopping(scores.loss)
+        improved = scores.loss < self.best["val_loss"]
+        if improved:
+            self.best = {"val_loss": scores.loss, "epoch": self.epoch}
+        self._start_tally()
+        if self.verbose:
+            print(f"{record['epoch']:5d} {record['step']:7d} {record['lr']:9.2g} {record['train_loss']:12.4f} {record['train_top1']:11.1%} "
+                  f"{record['val_loss']:10.4f} {record['val_top1']:10.1%} {record['val_top5']:10.1%} {record['grad_norm']:10.3f} "
+                  f"{record['images_per_second']:9.0f} {record['seconds']:8.1f}{'  best' if improved else ''}", flush=True)
+        if self.on_epoch is not None:
+            self.on_epoch(record, improved)
+        elif improved:
+            self._best_weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+    def _start_tally(self) -> None:
+        self._tally = {"steps": 0, "grad_norm": 0.0, "seconds": 0.0}
+        # float64 sums lose nothing over an epoch; MPS has no float64
+        self._sums = torch.zeros(3, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+
+    def _all_copies(self, sums: Tensor) -> Tensor:
+        """This rank's sums, added to the other copies'; the ranks of one copy have the same and count once."""
+        return self.placement.sum(sums) / self.placement.column_ranks
+
+    def _scores(self, loader: Any) -> Scores:
+        started = time.perf_counter()
+        bar = tqdm(loader, "validation", unit="batch", leave=False, disable=None if self.verbose else True)
+        with self.placement.meter.counting(EVALUATION):
+            scores = evaluate(self.model, bar, device=self.device, criterion=self.criterion, reduce=self._all_copies,
+                              precision=lambda: autocast(self.device, self.precision))
+        self._validation_seconds = time.perf_counter() - started
+        return scores
+
+    def scores(self, loader: Any) -> Scores:
+        """Loss, top-1 and top-5 over `loader`, of the weights that the model has now."""
+        return self._scores(loader)
+
+    def evaluate(self, test_loader: Any) -> float:
+        """The mean loss over the images of `test_loader`."""
+        return self._scores(test_loader).loss
+
+    def accuracy(self, test_loader: Any) -> float:
+        """The share of `test_loader`'s images whose largest logit is the label's, a fraction of 1."""
+        return self._scores(test_loader).top1
+
+    def plot_losses(self, window_size: int = 1, path: str | None = None) -> Any:
+        """Training and validation loss over epochs, smoothed over `window_size`; a matplotlib figure, saved to `path` if given."""
+        from alexnet_mp.figures import plot_losses  # matplotlib takes a second to import
+        return plot_losses(self.train_losses, self.val_losses, window_size, path)
+
+    @staticmethod
+    def moving_average(data: list[float], window_size: int) -> np.ndarray:
+        """Means over `window_size` neighbours; a window longer than the data takes what there is."""
+        from alexnet_mp.figures import moving_average
+        return moving_average(data, window_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loop's state in plain containers and tensors; the same on all ranks that hold one copy."""
+        return {
+            "epoch": self.epoch, "step": self.step, "batch": self.batch, "history": self.history, "best": self.best,
+            "schedule": self.schedule.state_dict(), "loss_scale": self.loss_scale.state_dict(),
+            "early_stopping": self.early_stopping.state_dict() if self.early_stopping else None,
+            "tally": self._tally, "sums": self._all_copies(self._sums.cpu().double()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken, at any placement."""
+        for name in ("epoch", "step", "batch", "history", "best"):
+            setattr(self, name, state[name])
+        self.schedule.load_state_dict(state["schedule"])
+        self.loss_scale.load_state_dict(state["loss_scale"])
+        if self.early_stopping and state["early_stopping"]:
+            self.early_stopping.load_state_dict(state["early_stopping"])
+        self._tally = dict(state["tally"])
+        if self.placement.data_rank == 0:    # the sums of all copies go on as the first one's
+            self._sums += state["sums"].to(self._sums)

@@ -1,0 +1,24 @@
+#!/usr/bin/env python
+"""Trains AlexNet in columns.
+
+    torchrun --nproc_per_node=2 launch/train.py [flags]     one column on each of two GPUs, or CPU processes
+    python launch/train.py [flags]                          all columns on one device
+
+`--help` lists the flags; without any, the demo preset trains on generated images.
+"""
+
+import sys
+
+from alexnet_mp.cli import parse_train
+from alexnet_mp.console import Signals, guarded
+from alexnet_mp.run import run
+
+
+def main() -> int:
+    signals = Signals()
+    result = run(parse_train(sys.argv[1:]), signals.install)
+    return 128 + (signals.received or 15) if result.get("stopped") else 0
+
+
+if __name__ == "__main__":
+    guarded(main)

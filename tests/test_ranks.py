@@ -1,0 +1,331 @@
+"""The helper that all tests of several ranks stand on: it must return what ranks return, and must not miss a failure."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RanksFailed, process_group, run
+
+
+@dataclass
+class Answer:
+    """A class of a test module: it travels only if the ranks know this module under the name that pytest gave it."""
+
+    rank: int
+    value: float
+
+
+def answer(rank: int, question: Answer) -> Answer:
+    return Answer(rank, question.value + rank)
+
+
+def test_results_come_back_by_rank_and_classes_of_the_test_module_travel_both_ways() -> None:
+    assert run(answer, 3, Answer(0, 0.5)) == [Answer(0, 0.5), Answer(1, 1.5), Answer(2, 2.5)]
+
+
+def module_and_file(rank: int) -> tuple[str, str, bool]:
+    import ranks
+    return __name__, __file__, Path(ranks.__file__).parent == Path(__file__).parent
+
+
+def test_a_rank_imports_this_test_module_from_its_file_and_the_helpers_beside_it() -> None:
+    assert run(module_and_file, 1) == [(__name__, __file__, True)]
+
+
+def imported_package(rank: int) -> str:
+    import alexnet_mp.config
+    return alexnet_mp.config.__file__
+
+
+def test_a_rank_imports_the_package_of_this_repository() -> None:
+    assert Path(run(imported_package, 1)[0]).parents[1] == Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("options", [["--import-mode=importlib"], ["--import-mode=prepend"]])
+@pytest.mark.parametrize("launcher", [[sys.executable, "-m", "pytest"], [str(Path(sys.executable).with_name("pytest"))]])
+def test_ranks_find_the_function_however_pytest_is_started_and_whatever_is_called_tests(tmp_path: Path, launcher, options) -> None:
+    (tmp_path / "site" / "tests").mkdir(parents=True)
+    (tmp_path / "site" / "tests" / "__init__.py").write_text("# an installed package of the same name, as some distributions have\n")
+    (tmp_path / "repo" / "tests").mkdir(parents=True)
+    folder = Path(__file__).parent
+    (tmp_path / "repo" / "tests" / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(folder)!r})\n")
+    (tmp_path / "repo" / "tests" / "test_copy.py").write_text(
+        "from ranks import run\n\ndef twice(rank, x):\n    return 2 * x + rank\n\ndef test_twice():\n    assert run(twice, 2, 5) == [10, 11]\n")
+    command = [*launcher, "-q", "-W", "error", "-p", "no:cacheprovider", *options, "tests/test_copy.py"]
+    done = subprocess.run(command, cwd=tmp_path / "repo", env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PYTHONWARNINGS": "error"},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def add_up(rank: int, world_size: int) -> torch.Tensor:
+    with process_group(rank, world_size):
+        x = torch.tensor([rank + 1.0])
+        dist.all_reduce(x)
+    with process_group():                                  # a second group in the same rank meets at another file
+        dist.all_reduce(x)
+    return x
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_process_group_connects_the_ranks(world_size: int) -> None:
+    expected = world_size * world_size * (world_size + 1) / 2
+    assert [x.item() for x in run(add_up, world_size, world_size)] == [expected] * world_size
+
+
+def meet_at_the_port(rank: int) -> float:
+    dist.init_process_group("gloo")                        # env://, as under torchrun
+    x = torch.tensor([float(rank)])
+    dist.all_reduce(x)
+    dist.destroy_process_group()
+    return x.item()
+
+
+def test_the_environment_is_a_launchers_and_its_port_is_free() -> None:
+    assert run(meet_at_the_port, 3) == [3.0] * 3
+
+
+def place(rank: int) -> tuple:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SAID_BY_THE_TEST", "TORCHELASTIC_USE_AGENT_STORE")
+    return *(os.environ.get(name) for name in names), torch.get_num_threads(), os.getcwd()
+
+
+def test_a_rank_has_one_thread_its_place_and_the_callers_environment_and_folder(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SAID_BY_THE_TEST", "yes")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.chdir(tmp_path)
+    assert run(place, 2) == [(str(rank), str(rank), "2", "2", "127.0.0.1", "yes", None, 1, str(tmp_path)) for rank in range(2)]
+
+
+def tensors(rank: int, x: torch.Tensor) -> dict:
+    own = torch.nn.Parameter(x[:, ::2] + rank)
+    return {"view": x.t()[1:], "parameter": own, "graph": own * 2, "bfloat16": own.detach().bfloat16(), "array": x.numpy() + rank,
+            "shared": x.is_shared()}
+
+
+def test_tensors_travel_as_copies_with_their_type_and_strides() -> None:
+    x = torch.arange(12, dtype=torch.float64).view(3, 4)
+    for rank, got in enumerate(run(tensors, 2, x)):
+        own = x[:, ::2] + rank
+        assert torch.equal(got["view"], x.t()[1:]) and got["view"].stride() == x.t()[1:].stride()
+        assert isinstance(got["parameter"], torch.nn.Parameter) and torch.equal(got["parameter"], own)
+        assert torch.equal(got["graph"].detach(), own * 2)
+        assert got["bfloat16"].dtype == torch.bfloat16 and torch.equal(got["bfloat16"], own.bfloat16())
+        assert isinstance(got["array"], np.ndarray) and (got["array"] == x.numpy() + rank).all()
+        assert not got["shared"] and not got["view"].is_shared()
+
+
+def many_values(rank: int, x: torch.Tensor) -> torch.Tensor:
+    return x + rank
+
+
+def test_large_arguments_and_results_fill_no_pipe() -> None:
+    x = torch.zeros(4_000_000)
+    assert [int(y.sum()) for y in run(many_values, 2, x)] == [0, 4_000_000]
+
+
+def warn(rank: int) -> str:
+    warnings.warn("as a deprecated collective would", FutureWarning, stacklevel=1)
+    return "no error"
+
+
+def test_a_warning_in_a_rank_is_what_it_would_be_in_the_test() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RanksFailed, match="FutureWarning: as a deprecated collective would"):
+            run(warn, 1)
+        warnings.filterwarnings("ignore", "as a deprecated", FutureWarning)
+        assert run(warn, 1) == ["no error"]
+
+
+def speak(rank: int) -> None:
+    print("printed")
+    os.write(2, b"written\n")
+
+
+def test_what_ranks_print_is_the_tests_output(capsys) -> None:
+    run(speak, 2)
+    assert capsys.readouterr().out.splitlines() == ["[rank 0] printed", "[rank 0] written", "[rank 1] printed", "[rank 1] written"]
+
+
+def nothing(rank: int) -> None:
+    pass
+
+
+def test_a_run_of_two_ranks_takes_less_than_a_second() -> None:
+    run(nothing, 2)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert run(add_up, 2, 2)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------------------------
+
+
+def raise_on_one(rank: int) -> None:
+    if rank == 1:
+        raise KeyError("the reason")
+
+
+def test_an_exception_fails_the_test_with_its_traceback_and_rank() -> None:
+    with pytest.raises(RanksFailed) as caught:
+        run(raise_on_one, 2)
+    message = str(caught.value)
+    assert message.startswith("rank 1 of 2 failed in raise_on_one (test_ranks.py):")
+    assert "KeyError: 'the reason'" in message and "in raise_on_one" in message and 'raise KeyError("the reason")' in message
+    assert list(caught.value.failed) == [1] and not caught.value.running
+
+
+def raise_before_a_collective(rank: int) -> None:
+    with process_group():
+        if rank == 1:
+            raise ValueError("rank 1 leaves")
+        dist.all_reduce(torch.zeros(1))
+
+
+def test_the_first_cause_comes_first_when_the_peers_fail_because_of_it() -> None:
+    start = time.monotonic()
+    with pytest.raises(RanksFailed) as caught:
+        run(raise_before_a_collective, 2)
+    assert next(iter(caught.value.failed)) == 1 and "rank 1 leaves" in str(caught.value)
+    assert time.monotonic() - start < 10                   # gloo's own limit would be 30 seconds
+
+
+def raise_and_leave_the_peer_asleep(rank: int) -> None:
+    if rank == 0:
+        raise ValueError("no use in waiting")
+    time.sleep(600)
+
+
+def test_a_failure_is_not_kept_waiting_by_a_rank_that_hangs() -> None:
+    start = time.monotonic()
+    with pytest.raises(RanksFailed) as caught:
+        run(raise_and_leave_the_peer_asleep, 2, grace=0.5)
+    assert time.monotonic() - start < 10
+    assert list(caught.value.failed) == [0] and list(caught.value.running) == [1]
+    assert "still running after another rank had failed, and killed: rank 1 of 2" in str(caught.value)
+
+
+def sleep_on_one(rank: int, process_ids: Path) -> None:
+    (process_ids / str(rank)).write_text(str(os.getpid()))
+    if rank == 1:
+        time.sleep(600)
+
+
+def test_a_rank_that_hangs_is_named_with_its_line_and_killed(tmp_path: Path) -> None:
+    run(nothing, 1)
+    start = time.monotonic()
+    with pytest.raises(RanksFailed) as caught:
+        run(sleep_on_one, 2, tmp_path, timeout=3)
+    assert 3 <= time.monotonic() - start < 10
+    assert "still running after 3 seconds, and killed: rank 1 of 2 in sleep_on_one" in str(caught.value)
+    assert "test_ranks.py" in caught.value.running[1] and "in sleep_on_one" in caught.value.running[1]
+    assert_gone([int((tmp_path / str(rank)).read_text()) for rank in range(2)])
+
+
+def wait_for_a_message_that_nobody_sends(rank: int) -> None:
+    with process_group():
+        dist.recv(torch.zeros(1), src=1 - rank)
+
+
+def test_ranks_that_wait_for_each_other_in_gloo_are_both_named() -> None:
+    with pytest.raises(RanksFailed, match="still running after 3 seconds, and killed: rank 0, 1 of 2") as caught:
+        run(wait_for_a_message_that_nobody_sends, 2, timeout=3)
+    assert all("in wait_for_a_message_that_nobody_sends" in stack for stack in caught.value.running.values())
+
+
+def kill_one(rank: int, number: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), number)
+    with process_group():
+        pass
+
+
+@pytest.mark.parametrize(("number", "sign"), [(signal.SIGKILL, "killed by SIGKILL"), (signal.SIGSEGV, "killed by SIGSEGV")])
+def test_a_rank_that_is_killed_is_named_with_the_signal(number: int, sign: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(RanksFailed) as caught:
+        run(kill_one, 2, number, grace=0.5)
+    assert time.monotonic() - start < 10
+    assert next(iter(caught.value.failed)) == 1 and sign in caught.value.failed[1]
+    if number == signal.SIGSEGV:
+        assert "in kill_one" in caught.value.failed[1]     # faulthandler's stack
+
+
+def leave(rank: int, how: str) -> None:
+    if how == "exit":
+        os._exit(0)
+    argparse.ArgumentParser().parse_args(["--no-such-flag"])
+
+
+def test_a_rank_that_leaves_without_returning_has_failed() -> None:
+    with pytest.raises(RanksFailed, match="exit code 0 before the function had returned"):
+        run(leave, 1, "exit")
+    with pytest.raises(RanksFailed, match="SystemExit: 2"):
+        run(leave, 1, "parser")
+
+
+def unpicklable(rank: int):
+    return lambda: rank
+
+
+def test_a_result_that_cannot_travel_is_an_error_and_so_is_a_function_that_cannot_be_found() -> None:
+    with pytest.raises(RanksFailed, match="pickle"):
+        run(unpicklable, 1)
+    with pytest.raises(ValueError, match="top level of a module"):
+        run(lambda rank: rank, 1)
+
+
+def start_a_child(rank: int, process_ids: Path, how: str) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    (process_ids / f"{rank}-child").write_text(str(child.pid))
+    (process_ids / f"{rank}").write_text(str(os.getpid()))
+    if how == "hangs":
+        time.sleep(600)
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raises":
+        raise ValueError
+
+
+@pytest.mark.parametrize("how", ["returns", "raises", "hangs", "is killed"])
+def test_no_process_outlives_the_run(tmp_path: Path, how: str) -> None:
+    run(nothing, 1)
+    if how == "returns":
+        run(start_a_child, 2, tmp_path, how)
+    else:
+        with pytest.raises(RanksFailed):
+            run(start_a_child, 2, tmp_path, how, timeout=2, grace=0.5)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 4
+    assert_gone([int(file.read_text()) for file in files])
+
+
+def assert_gone(process_ids: list[int]) -> None:
+    """Waits two seconds at most until none of the processes is left (a killed orphan is for a moment a zombie)."""
+    limit = time.monotonic() + 2
+    while left := [pid for pid in process_ids if is_alive(pid)]:
+        assert time.monotonic() < limit, f"still there: {left}"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if sys.platform == "linux" else ""
+        os.kill(pid, 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state != "Z"
