@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from alexnet_mp import checkpoint
 from alexnet_mp.config import Config
-from alexnet_mp.data import build_loaders, sources
+from alexnet_mp.data import build_loaders, load
 from alexnet_mp.distributed import Placement, connect, describe
 from alexnet_mp.exchange import EVALUATION, TRAINING
 from alexnet_mp.optim import build_optimizer
@@ -47,7 +48,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.say(self._introduction(config, threads))
-        splits = sources.load(config.data, config.run.seed, placement.alone, progress=placement.main)
+        splits = load(config.data, config.run.seed, placement.alone, placement.main, config.data.resized_side(config.model.image_size))
         self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
         self.train_loader, self.val_loader, self.test_loader, self.augment = build_loaders(
             config, splits, data_rank=placement.data_rank, data_ranks=placement.data_ranks, device=placement.device)
@@ -73,6 +74,7 @@ class Run:
         trainer, recipe = self.trainer, self.config.recipe
         if self.config.run.resume:
             self._resume()
+        self._write_history()
         if install_signals:
             install_signals(trainer)
         try:
@@ -129,8 +131,24 @@ class Run:
         checkpoint.load_model(content, self.model, path)
         checkpoint.load_velocity(content, self.model, self.trainer.optimizer)
         self.trainer.load_state_dict(content["loop"])
-        self._write_history()
+        self._bring_best(Path(path).with_name("best.pt"))
         self.say(f"resumed from {path}: {self.trainer.epoch} epochs and {self.trainer.batch} steps done")
+
+    def _bring_best(self, beside: Path) -> None:
+        """Sees to it that this run's folder has the best weights so far, which are not in the checkpoint that was resumed."""
+        epoch, best, failure = self.trainer.best["epoch"], self.out / "best.pt", None
+        if self.placement.main and epoch is not None:
+            try:
+                if not best.exists():
+                    shutil.copyfile(beside, best)
+                found = checkpoint.read(best)["loop"]["epoch"]
+                if found != epoch:
+                    failure = f"{best}: is of epoch {found}, but the run that is resumed has its best weights from epoch {epoch}; name another --out"
+            except (OSError, ValueError) as error:
+                failure = f"--resume: the best weights so far, of epoch {epoch}, should be beside the checkpoint ({error})"
+        failure = self.placement.gather(failure)[0]
+        if failure:
+            raise ValueError(failure)
 
     def _end_epoch(self, record: dict[str, Any], improved: bool) -> None:
         self._write_history()
@@ -167,7 +185,7 @@ class Run:
         top5 = f", top-{min(5, self.config.model.classes)} {scores.top5:.2%}" if self.config.model.classes > 2 else ""
         self.say(f"test: loss {scores.loss:.4f}, accuracy {scores.top1:.2%}{top5} "
                  f"({scores.images:,} images, weights of {'epoch ' + str(trainer.best['epoch']) if trainer.best['epoch'] else 'the last step'})")
-        self.say(f"files: {self.out}/curves.png  history.jsonl  result.json  best.pt  last.pt")
+        self.say(f"files in {self.out}: " + "  ".join(sorted(path.name for path in self.out.iterdir())))
         return result
 
     def _exchange(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ DROP = [0.1] * 4 + [0.01] * 4
 def test_a_step_is_the_papers_update_across_a_drop_of_the_rate() -> None:
     weight = nn.Parameter(torch.tensor([1.5], dtype=torch.float64))
     ours = steps(SGD2012([weight]), weight, GRADIENTS, DROP)
-    assert ours == pytest.approx(scalar_steps(1.5, GRADIENTS, DROP), rel=1e-15)      # the same operations: rounding only
+    assert ours == pytest.approx(scalar_steps(1.5, GRADIENTS, DROP), rel=1e-13)      # rounding only
 
 
 def test_at_a_constant_rate_it_equals_torchs_sgd_and_after_a_drop_it_does_not() -> None:

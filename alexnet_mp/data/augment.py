@@ -60,7 +60,9 @@ class Augment:
         flips = torch.randint(2, (chunks,), generator=generator, dtype=torch.uint8).bool()
         colour = None
         if self.colour_axes is not None:
-            colour = torch.randn((rows, 3), generator=generator) * self.config.colour_noise @ self.colour_axes.T
+            normal = torch.randn((rows, 3), generator=generator) * self.config.colour_noise
+            # Not a matrix product, whose last bits may depend on threads and processor.
+            colour = sum(normal[:, k, None] * self.colour_axes[:, k] for k in range(3))
         if not self.config.random_crop:
             crops.fill_(self.margin // 2)
         top, left, flip = (values.repeat_interleave(chunk)[:rows] for values in (*crops, flips & self.config.flip))

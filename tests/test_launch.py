@@ -1,0 +1,125 @@
+"""The commands as people type them: what is on the screen, the exit code, and how long it takes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--kernels 4 6 8 6 4 --hidden 24 20 --batch-size 32 --limit-train 72 --limit-val 30 --limit-test 40 --threads 1").split()
+PYTHON = [sys.executable, "launch/train.py"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    return {name: value for name, value in os.environ.items() if name not in names} | {"PYTHONPATH": str(ROOT)} | more
+
+
+def start(command: list[str], *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*command, *flags], cwd=ROOT, env=clean_environment(**environment), capture_output=True, text=True, timeout=120)
+
+
+def own_lines(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def torchrun(ranks: int, *flags: str) -> subprocess.CompletedProcess:
+    return start([*TORCHRUN, str(ranks), "launch/train.py"], *flags)
+
+
+def test_two_ranks_under_torchrun_say_everything_once_and_nothing_for_a_terminal(tmp_path) -> None:
+    done = torchrun(2, *SMALL, "--epochs", "2", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("alexnet_mp: preset demo, 2 columns at 67 px, 2 ranks on cpu through gloo") for line in lines) == 1
+    assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == ["1", "2"]
+    assert sum(line.startswith("test: loss") for line in lines) == 1
+    assert f"files in {tmp_path / 'run'}: best.pt  config.json  curves.png  history.jsonl  last.pt  result.json" in lines
+    assert not any(c in done.stdout + done.stderr for c in "\r\x1b")
+
+
+def test_one_process_needs_no_launcher(tmp_path) -> None:
+    done = start(PYTHON, *SMALL, "--epochs", "1", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0 and done.stderr == ""
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--image-size", "50"], "smallest that works is 67"), (["--data", "folder", "--data-dir", "/none"], "--data-dir /none: no such folder"),
+    (["--resume", "/none.pt"], "/none.pt: no such checkpoint"), (["--backend", "nccl", "--device", "cpu"], "--backend nccl"),
+    (["--limit-train", "99999"], "--limit-train 99999"), (["--out", "/proc/run"], "--out /proc/run"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(flags: list[str], words: str) -> None:
+    done = start(PYTHON, *SMALL, *flags)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ") and words in done.stderr
+
+
+def test_under_torchrun_the_cause_is_said_once_and_again_at_the_very_end() -> None:
+    done = torchrun(2, "--image-size", "50")
+    assert done.returncode == 1                                  # torchrun's own
+    assert len(own_lines(done)) == 1 and "smallest that works is 67" in own_lines(done)[0]
+    assert "Traceback (most recent call last)" not in done.stderr.split("error: --image-size")[0]
+    assert "smallest that works is 67" in "\n".join(done.stderr.splitlines()[-6:])
+
+
+@pytest.mark.parametrize("ranks", [3, 5])
+def test_ranks_that_cannot_share_two_columns_are_refused_before_any_work(ranks: int) -> None:
+    started = time.monotonic()
+    done = torchrun(ranks)
+    assert done.returncode == 1 and done.stdout == "" and len(own_lines(done)) == 1
+    assert f"{ranks} ranks cannot share 2 columns: --nproc_per_node must be 1 or a multiple of 2" in own_lines(done)[0]
+    assert time.monotonic() - started < 60
+
+
+def free_port() -> str:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return str(holder.getsockname()[1])
+
+
+@pytest.mark.parametrize(("rank", "missing"), [("0", "rank 1, which did not start"), ("1", "rank 0 did not answer")])
+def test_leftover_variables_of_a_launcher_do_not_hang_a_plain_start(rank: str, missing: str) -> None:
+    started = time.monotonic()
+    done = start(PYTHON, *SMALL, "--timeout", "3", RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    assert done.returncode == 2 and time.monotonic() - started < 40
+    assert missing in own_lines(done)[-1] and "unset RANK WORLD_SIZE" in own_lines(done)[-1]
+
+
+def test_half_of_a_launchers_variables_are_named() -> None:
+    done = start(PYTHON, RANK="0")
+    assert done.returncode == 2 and "WORLD_SIZE=None" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(tmp_path, number: int, code: int) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen([*PYTHON, *SMALL, "--epochs", "100000", "--out", str(out)], cwd=ROOT, env=clean_environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "saved; continue with the same command and --out" in stdout.splitlines()[-1] and stderr == ""
+    steps = int(stdout.splitlines()[-1].split("at step ")[1].split(",")[0])
+    done = start(PYTHON, "--out", str(out), "--resume", "--max-steps", str(steps + 2))
+    assert done.returncode == 0 and f"{steps % 3} steps done" in done.stdout, done.stderr
+
+
+def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path) -> None:
+    out = tmp_path / "run"
+    command = [*TORCHRUN, "2", "launch/train.py", *SMALL, "--epochs", "100000", "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0 and "saved; continue" in stdout.splitlines()[-1], stderr
+    assert start(PYTHON, "--out", str(out), "--resume", "--max-steps", "1").returncode == 0

@@ -1,0 +1,156 @@
+"""Whole runs on generated images: the same on two ranks and on one, resumed or not, with every file that the README promises."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import RanksFailed
+from ranks import run as run_ranks
+
+from alexnet_mp import Config, checkpoint, preset
+from alexnet_mp.run import run
+from alexnet_mp.trainer import NonFiniteError
+
+SMALL = preset("demo").with_fields(kernels=(4, 6, 8, 6, 4), hidden=(24, 20), epochs=3, batch_size=32, limit_train=72, limit_val=30, limit_test=40,
+                                   threads=1, lr=0.02)      # 72 images are two batches of 32 and one of 8
+
+
+def history(out: Path) -> list[dict]:
+    """history.jsonl without what the clock says."""
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def one(out: Path, config: Config = SMALL, **changes) -> dict:
+    return run(config.with_fields(out=str(out), **changes))
+
+
+def on_rank(rank: int, config: Config) -> dict:
+    return run(config)
+
+
+def two(out: Path, config: Config = SMALL, ranks: int = 2, **changes) -> dict:
+    return run_ranks(on_rank, ranks, config.with_fields(out=str(out), **changes), timeout=120)[0]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    content = checkpoint.read(path)
+    return content["model"] | {f"velocity {name}": value for name, value in content["velocity"].items()}
+
+
+def assert_equal_files(a: Path, b: Path) -> None:
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run of one process."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    one(out)
+    return out
+
+
+def test_a_run_writes_its_files(finished) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == ["best.pt", "config.json", "curves.png", "history.jsonl", "last.pt", "result.json"]
+    result = json.loads((finished / "result.json").read_text())
+    assert list(result) == ["test_loss", "top1", "top5", "best_epoch", "epochs", "steps", "seconds", "images_per_second", "ranks", "device",
+                            "precision", "exchange"]
+    assert (result["epochs"], result["steps"], result["ranks"], result["device"]) == (3, 9, 1, "cpu")
+    assert result["exchange"]["values_per_image"] == {} and 0 <= result["top1"] <= result["top5"] <= 1
+    lines = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert list(lines[0]) == ["epoch", "step", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "grad_norm",
+                              "images_per_second", "seconds"]
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and [line["step"] for line in lines] == [3, 6, 9]
+    assert Config.from_dict(json.loads((finished / "config.json").read_text())["config"]).recipe == SMALL.recipe
+
+
+def test_two_ranks_train_exactly_as_one_device_does(finished, tmp_path) -> None:
+    result = two(tmp_path / "run")
+    ours, theirs = history(tmp_path / "run"), history(finished)
+    for mine, other in zip(ours, theirs, strict=True):
+        norm, other_norm = mine.pop("grad_norm"), other.pop("grad_norm")
+        assert norm == pytest.approx(other_norm, rel=1e-6)       # a sum over ranks of sums over columns: another order
+        assert mine == other                                     # everything else bit for bit: own half plus peers' half everywhere
+    assert_equal_files(tmp_path / "run" / "last.pt", finished / "last.pt")
+    # 72 images in three epochs, an image sent once to the one peer: 6 maps of 3x3, 4 values after pool5, 24 and 12 classes
+    assert result["exchange"]["values_per_image"] == {"conv3": 6 * 9, "fc6": 4, "fc7": 24, "fc8": 12}
+    assert result["exchange"]["values_per_image_backward"] == {"conv3": 6 * 9, "fc6": 4, "fc7": 24, "fc8": 0}
+    assert result["exchange"]["bytes_per_step"] == 32 * 4 * (2 * (54 + 4 + 24) + 12)
+
+
+def test_four_ranks_as_two_copies_train_as_one_device_to_rounding(finished, tmp_path) -> None:
+    result = two(tmp_path / "run", ranks=4)
+    for mine, other in zip(history(tmp_path / "run"), history(finished), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)            # float32 sums over rows in another order
+    assert result["exchange"]["values_per_image"]["conv3"] == 6 * 9
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path, steps: int) -> None:
+    out = tmp_path / "run"
+    one(out, max_steps=steps)                                    # within the first epoch, at its end, within the second
+    one(out, resume=str(out / "last.pt"))
+    assert history(out) == history(finished)
+    assert_equal_files(out / "last.pt", finished / "last.pt")
+    assert_equal_files(out / "best.pt", finished / "best.pt")
+
+
+def test_two_ranks_continue_what_one_device_began_and_the_other_way_round(finished, tmp_path) -> None:
+    out = tmp_path / "run"
+    one(out, max_steps=4)
+    two(out, resume=str(out / "last.pt"), max_steps=7)
+    one(out, resume=str(out / "last.pt"))
+    assert_equal_files(out / "last.pt", finished / "last.pt")
+
+
+def test_a_run_that_is_resumed_into_another_folder_takes_its_best_weights_along(finished, tmp_path) -> None:
+    one(tmp_path / "first", max_steps=5)
+    one(tmp_path / "second", resume=str(tmp_path / "first" / "last.pt"))
+    assert_equal_files(tmp_path / "second" / "best.pt", finished / "best.pt")
+    (tmp_path / "first" / "best.pt").unlink()
+    with pytest.raises(ValueError, match="best weights so far, of epoch 1, should be beside the checkpoint"):
+        one(tmp_path / "third", resume=str(tmp_path / "first" / "last.pt"))
+
+
+def test_max_steps_before_the_first_epochs_end_tests_the_current_weights(tmp_path) -> None:
+    result = one(tmp_path / "run", max_steps=2)
+    assert result["best_epoch"] is None and result["steps"] == 2
+    assert not (tmp_path / "run" / "best.pt").exists() and history(tmp_path / "run") == []
+
+
+def test_the_result_is_of_the_best_weights_not_of_the_last(finished) -> None:
+    losses = [line["val_loss"] for line in history(finished)]
+    result = json.loads((finished / "result.json").read_text())
+    assert result["best_epoch"] == losses.index(min(losses)) + 1
+    assert checkpoint.read(finished / "best.pt")["loop"]["epoch"] == result["best_epoch"]
+
+
+def test_a_folder_with_another_run_is_not_overwritten(finished) -> None:
+    before = (finished / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"holds another run's last.pt.*--resume"):
+        one(finished)
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_other_data_is_refused(finished) -> None:
+    with pytest.raises(ValueError, match=r"--data-dir .*last.pt was trained on other data, \[72, 30, 40\] images"):
+        one(finished, resume=str(finished / "last.pt"), limit_train=71)
+
+
+@pytest.mark.parametrize("train", [one, two])
+def test_a_loss_that_explodes_stops_all_ranks_and_keeps_the_weights_from_before(tmp_path, train) -> None:
+    error = RanksFailed if train is two else NonFiniteError
+    with pytest.raises(error, match=r"step \d+ \(epoch \d\): .* is not finite, so the step was not taken"):
+        train(tmp_path / "run", lr=1e20)
+    assert all(torch.isfinite(value).all() for value in checkpoint.read(tmp_path / "run" / "last.pt")["model"].values())
+
+
+def test_ranks_that_were_given_different_flags_are_told_so(tmp_path) -> None:
+    with pytest.raises(RanksFailed, match="rank 1 differs from rank 0 in seed: 0 on rank 0, 1 on rank 1"):
+        run_ranks(with_own_seed, 2, SMALL.with_fields(out=str(tmp_path / "run")))
+
+
+def with_own_seed(rank: int, config: Config) -> dict:
+    return run(config.with_fields(seed=rank))
