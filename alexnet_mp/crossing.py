@@ -61,7 +61,7 @@ class Crossing(nn.Module):
                 error_msgs.append(f"{name}: the file has {tuple(weight.shape)}, this network needs {whole}")
                 state[prefix + "weight_own"], state[prefix + "weight_peers"] = own, self.weight_peers
         missing: list[str] = []
-        super()._load_from_state_dict(state, prefix, local_metadata, False, missing, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing, [], error_msgs)
         missing_keys += [key for key in missing if not key.startswith(name)] + [name] * (prefix + "weight_own" in missing)
         if strict:
             known = (name, prefix + "bias")

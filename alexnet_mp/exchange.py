@@ -69,7 +69,7 @@ class Transfer:
     def __init__(self, outgoing: list[Tensor], link: GroupLink) -> None:
         self.device = outgoing[0].device
         self.sent = [link.staged(tensor) for tensor in outgoing]
-        self.received = [torch.empty_like(tensor) for tensor in self.sent]
+        self.received = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, pin_memory=tensor.is_pinned()) for tensor in self.sent]
         self.works: list[Any] = []
         if self.sent[0].numel():         # a data rank without rows at a short tail: its whole model group has none
             # One batch, so that with NCCL the sends and receives are one group and no order of them can deadlock.

@@ -170,7 +170,7 @@ def dropout_mask(keys: Tensor, layer: str, column: int, units: int, rate: float)
     low, high = keys.int(), (keys >> 32).int()            # .int() keeps the low 32 bits
     x = unit[None] ^ low[:, None]                         # (N, units)
     x = _mixed(_mixed(x, 16, 0x7FEB352D).add_(high[:, None]), 15, 0x846CA68B)
-    return _mixed(x, 16, 0xC2B2AE35) < round(rate * 2**32) - 2**31
+    return _mixed(x, 16, 0xC2B2AE35) < min(round(rate * 2**32), 2**32 - 1) - 2**31
 
 
 class Dropout(nn.Module):
