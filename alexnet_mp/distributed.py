@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alexnet_mp.config import Config, ModelConfig
 from alexnet_mp.exchange import GroupLink, Meter
 from alexnet_mp.model import AlexNet
-from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, rendezvous
+from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, rendezvous, set_threads
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Placement:
     column_ranks: int = 1
     backend: str = "none"
     timeout: float = 60.0
+    threads: int = 1
     mesh: Any = None
     store: dist.Store | None = None
     control: dist.ProcessGroup | None = None     # gloo over all ranks: flags, sums, checkpoints; never activations
@@ -77,14 +78,24 @@ class Placement:
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
                                        process_group=self.mesh["data"].get_group())
 
+    def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begins to add up `values` (any shape, on the CPU) over all ranks; the callable waits for the sum, the same on each."""
+        values = values.clone()
+        if self.control is None:
+            return lambda: values
+        with self.meter.counting("control"):
+            self.meter.count("control", "forward", values, 1)
+        work = dist.all_reduce(values, group=self.control, async_op=True)
+
+        def arrive() -> Tensor:
+            work.wait()
+            return values
+
+        return arrive
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` (any shape, on the CPU) over all ranks, the same on each."""
-        values = values.clone()
-        if self.control is not None:
-            with self.meter.counting("control"):
-                self.meter.count("control", "forward", values, 1)
-            dist.all_reduce(values, group=self.control)
-        return values
+        return self.start_sum(values)()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (picklable), in rank order, on every rank."""
@@ -162,9 +173,10 @@ def connect(config: Config, environment: Environment | None = None) -> Placement
     device = choose_device(run.device, environment)
     if device.type == "cuda":
         torch.cuda.set_device(device)        # before any group: NCCL binds to the current device
+    threads = set_threads(run.threads, environment, device)      # before any thread of gloo's, which then keeps to the same cores
     share = columns // column_ranks
     first = environment.rank % column_ranks * share
-    placement = Placement(environment, device, tuple(range(first, first + share)), column_ranks, timeout=run.timeout)
+    placement = Placement(environment, device, tuple(range(first, first + share)), column_ranks, timeout=run.timeout, threads=threads)
     if environment.world_size == 1:
         if run.backend == "nccl" and device.type != "cuda":
             raise ValueError(f"--backend nccl: needs CUDA devices, this rank runs on {device.type}; use gloo or auto")
@@ -185,4 +197,4 @@ def describe(placement: Placement) -> dict[str, Any]:
     device = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else platform.processor() or platform.machine()
     return {"torch": torch.__version__, "python": platform.python_version(), "device": str(placement.device), "device_name": device,
             "backend": placement.backend, "ranks": placement.world_size, "column_ranks": placement.column_ranks,
-            "data_ranks": placement.data_ranks, "threads": torch.get_num_threads()}
+            "data_ranks": placement.data_ranks, "threads": placement.threads}

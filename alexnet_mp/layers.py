@@ -188,7 +188,8 @@ class Dropout(nn.Module):
         keep = 1 - self.rate
         if not self.training:
             return x * keep if self.kind == "2012" else x
-        x = x.masked_fill(dropout_mask(keys, self.layer, self.column, x.shape[1], self.rate), 0.0)
+        kept = ~dropout_mask(keys, self.layer, self.column, x.shape[1], self.rate)
+        x = x * kept.to(x.dtype)                          # several times as fast as masked_fill on a CPU
         return x if self.kind == "2012" else x / keep
 
     def extra_repr(self) -> str:

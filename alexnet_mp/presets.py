@@ -73,12 +73,16 @@ def tutorial() -> Config:
 
 
 def demo() -> Config:
-    """The paper's kernels and hidden units at 67 pixels, with a start that learns within minutes on two CPU cores."""
+    """The paper's kernels and hidden units at 67 pixels, with a start and a recipe that learn within a minute or two on two CPU cores.
+
+    The paper's own start needs a thousand steps before the loss moves. Here each layer keeps the size of its inputs: he, and
+    he / 0.59 in the two layers that read what LRN has multiplied by 2^-0.75 (k = 2, small activations).
+    """
     return Config(
         "demo",
-        ModelConfig(classes=0, image_size=67, initial_weights=("he",) * 7 + (0.01,), initial_biases=(0.0,) * 8),
-        DataConfig(),
-        RecipeConfig(epochs=8, batch_size=64, lr=0.01, schedule="cosine"),
+        ModelConfig(image_size=67, initial_weights=("he", 0.07, 0.05, "he", "he", "he", "he", 0.01), initial_biases=(0.0,) * 8),
+        DataConfig(mean="half"),
+        RecipeConfig(epochs=8, batch_size=64, lr=0.03, schedule="cosine"),
     )
 
 

@@ -133,14 +133,18 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [repr(error)])[0][:120]
 
 
-def set_threads(asked: int, environment: Environment) -> int:
+def set_threads(asked: int, environment: Environment, device: torch.device) -> int:
     """CPU threads of this rank: as asked, or as OMP_NUM_THREADS says, or the cores of this process shared by the ranks of this host.
 
-    torchrun sets OMP_NUM_THREADS=1 where the user set nothing, so with several ranks it says nothing.
+    torchrun sets OMP_NUM_THREADS=1 where the user set nothing, so with several ranks it says nothing. Ranks that compute on
+    the CPU and share out all of its cores each keep to their own: otherwise the system moves them about at every message.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not asked and environment.local_world_size == 1 and os.environ.get("OMP_NUM_THREADS", "").isdigit():
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    ranks = environment.local_world_size
+    if not asked and ranks == 1 and os.environ.get("OMP_NUM_THREADS", "").isdigit():
         asked = int(os.environ["OMP_NUM_THREADS"])
-    threads = asked or max(1, cores // environment.local_world_size)
+    threads = asked or max(1, len(cores) // ranks)
     torch.set_num_threads(threads)
+    if device.type == "cpu" and ranks > 1 and threads * ranks == len(cores) and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores[environment.local_rank * threads:][:threads])
     return threads

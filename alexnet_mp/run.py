@@ -19,7 +19,6 @@ from alexnet_mp.data import build_loaders, load
 from alexnet_mp.distributed import Placement, connect, describe
 from alexnet_mp.exchange import EVALUATION, TRAINING
 from alexnet_mp.optim import build_optimizer
-from alexnet_mp.rendezvous import set_threads
 from alexnet_mp.schedule import EarlyStopping, build_schedule
 from alexnet_mp.trainer import NonFiniteError, Trainer
 
@@ -43,11 +42,10 @@ class Run:
 
     def __init__(self, config: Config, placement: Placement) -> None:
         self.placement = placement
-        threads = set_threads(config.run.threads, placement.environment)
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self.say(self._introduction(config, threads))
+        self.say(self._introduction(config))
         splits = load(config.data, config.run.seed, placement.alone, placement.main, config.data.resized_side(config.model.image_size))
         self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
         self.train_loader, self.val_loader, self.test_loader, self.augment = build_loaders(
@@ -84,7 +82,7 @@ class Run:
             raise
         if trainer.batch or not trainer.history:
             self._save(improved=False)       # within an epoch: the epochs before it have been saved as they ended
-        if trainer.stop_requested:
+        if trainer.stopping:
             self.say(f"stopped at step {trainer.step}, saved; continue with the same command and --out {self.out} --resume")
             return {"stopped": True, "out": str(self.out)}
         return self._finish()
@@ -94,13 +92,13 @@ class Run:
         if self.placement.main:
             print(text, flush=True)
 
-    def _introduction(self, config: Config, threads: int) -> str:
+    def _introduction(self, config: Config) -> str:
         place, model = self.placement, config.model
         where = f"{place.world_size} rank{'s' * (place.world_size > 1)} on {place.device.type}"
         if place.world_size > 1:
             where += f" through {place.backend}: {place.column_ranks} to a network, {place.data_ranks} network{'s' * (place.data_ranks > 1)}"
         return (f"alexnet_mp: preset {config.preset}, {model.columns} column{'s' * (model.columns > 1)} at {model.image_size} px, {where}, "
-                f"{threads} thread{'s' * (threads > 1)} each, {config.run.precision}, seed {config.run.seed}")
+                f"{place.threads} thread{'s' * (place.threads > 1)} each, {config.run.precision}, seed {config.run.seed}")
 
     def _start_time(self) -> str:
         """One name for all ranks, which do not start at the same second."""

@@ -1,9 +1,12 @@
-"""The table of layers: what each column computes, how large it is, what it costs and what it reads."""
+"""Tables for people: the layers of a network, and the epochs of a run."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from alexnet_mp.config import LAYERS, ModelConfig
 
+EPOCH_HEAD = "epoch    step        lr   train loss  train top-1   val loss  val top-1  val top-5  grad norm  images/s  seconds"
 KERNEL_SIZES = {"conv1": 11, "conv2": 5, "conv3": 3, "conv4": 3, "conv5": 3}
 
 
@@ -47,3 +50,10 @@ def summary(config: ModelConfig) -> str:
 
     rule = "  ".join("-" * w for w in widths)
     return "\n".join([line(head), rule, *map(line, cells), rule, line(total)])
+
+
+def epoch_line(record: dict[str, Any]) -> str:
+    """One object of history.jsonl as a line under EPOCH_HEAD."""
+    return (f"{record['epoch']:5d} {record['step']:7d} {record['lr']:9.2g} {record['train_loss']:12.4f} {record['train_top1']:12.1%} "
+            f"{record['val_loss']:10.4f} {record['val_top1']:10.1%} {record['val_top5']:10.1%} {record['grad_norm']:10.3f} "
+            f"{record['images_per_second']:9.0f} {record['seconds']:8.1f}")

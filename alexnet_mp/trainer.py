@@ -24,8 +24,7 @@ from alexnet_mp.layers import dropout_keys
 from alexnet_mp.model import AlexNet
 from alexnet_mp.precision import LossScale, autocast
 from alexnet_mp.schedule import Constant, EarlyStopping, Plateau
-
-COLUMNS = "epoch    step        lr   train loss  train top-1   val loss  val top-1  val top-5  grad norm  images/s  seconds"
+from alexnet_mp.summary import EPOCH_HEAD, epoch_line
 
 
 class NonFiniteError(ArithmeticError):
@@ -52,8 +51,7 @@ class Trainer:
         self.placement = placement or Placement(Environment(), self.device, (0,))
         self.replica = self.placement.parallel(self.model)
         self.early_stopping = early_stopping or (EarlyStopping(patience) if patience else None)
-        # The tutorial's schedule: half the rate after 3 epochs without improvement, down to 1e-6.
-        self.schedule = schedule or Plateau(optimizer, factor=0.5, patience=3, min_lr=1e-6)
+        self.schedule = schedule or Plateau(optimizer, factor=0.5, patience=3, min_lr=1e-6)      # the tutorial's
         self.precision, self.loss_scale = precision, LossScale(precision)
         self.seed, self.max_steps = seed, max_steps
         self.verbose = verbose and self.placement.main
@@ -61,7 +59,8 @@ class Trainer:
         self.epoch = self.step = self.batch = 0      # whole epochs, all steps, steps of the current epoch
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"val_loss": math.inf, "epoch": None}
-        self.stop_requested = False                  # set from a signal handler; obeyed after the step, on all ranks at once
+        self.stop_requested = False                  # of this rank, set from a signal handler
+        self.stopping = False                        # what the ranks made of their requests, the same on all, after each step
         self.images_seen = 0                         # by this process, for the meter's figures per image
         self.largest_step_bytes = 0
         self.on_epoch: Callable[[dict[str, Any], bool], None] | None = None
@@ -96,12 +95,12 @@ class Trainer:
                 raise ValueError(f"the {name} loader has no batches: fewer images than a batch with drop_last, or none at all")
         last = self.epoch + epochs
         if self.verbose and epochs:
-            print(COLUMNS, flush=True)
+            print(EPOCH_HEAD, flush=True)
         while self.epoch < last and not self.stopped_early:
             if not self._train_epoch(train_loader):
                 break
-            self._end_epoch(self._scores(val_loader))
-            if self.out_of_steps or self.stop_requested:
+            self._end_epoch(self.scores(val_loader))
+            if self.out_of_steps or self.stopping:
                 break
         if self.stopped_early and self.verbose:
             print(f"stopped early: no better validation loss for {self.early_stopping.counter} epochs")
@@ -128,12 +127,16 @@ class Trainer:
         started = time.perf_counter()
         bar = tqdm(loader, f"epoch {self.epoch + 1}", total=batches, initial=self.batch, unit="step", leave=False,
                    disable=None if self.verbose else True)
-        for batch in bar:
+        batches_left = iter(bar)
+        batch = next(batches_left, None)
+        while batch is not None:
             self.schedule.advance(self.epoch + (self.batch / batches if batches else 0))
-            self._step(batch)
+            decision = self._gradients(batch)
+            batch = next(batches_left, None)         # prepared while the ranks' flags are on their way
+            self._update(decision())
             if bar.disable is False and self.step % 10 == 0:
                 bar.set_postfix_str(f"loss {float(self._sums[0] / self._sums[2].clamp(min=1)):.3f}")
-            if (self.stop_requested or self.out_of_steps) and self.batch != batches:
+            if (self.stopping or self.out_of_steps) and self.batch != batches:
                 self._tally["seconds"] += time.perf_counter() - started
                 return False
         bar.close()
@@ -142,8 +145,8 @@ class Trainer:
             raise ValueError("the training loader gave no batches")
         return True
 
-    def _step(self, batch: Any) -> None:
-        """One optimiser step on one batch."""
+    def _gradients(self, batch: Any) -> Callable[[], float]:
+        """Forward and backward of one batch; the callable waits for all ranks' flags and gives the squared gradient norm (see `_agree`)."""
         images, labels = batch[0].to(self.device, non_blocking=True), batch[1].to(self.device, non_blocking=True)
         rows, first_row = getattr(batch, "rows", len(labels)), getattr(batch, "first_row", 0)
         sent_before = self.placement.meter.total_bytes()
@@ -156,17 +159,24 @@ class Trainer:
         share = loss / rows * self.placement.data_ranks if self.summed else loss
         (share * self.loss_scale.scale).backward()
         self.largest_step_bytes = max(self.largest_step_bytes, self.placement.meter.total_bytes() - sent_before)
-        squared_norm = self._agree(loss)
-        if self.loss_scale.update(squared_norm):
-            self._unscale()
-            self.optimizer.step()
-            self._tally["grad_norm"] += math.sqrt(squared_norm)
-        self.step, self.batch, self.images_seen = self.step + 1, self.batch + 1, self.images_seen + rows
-        self._tally["steps"] += 1
+        decision = self._agree(loss)
         with torch.no_grad():
             loss_sum = loss.detach() * (1 if self.summed else len(labels))
-            self._sums += torch.stack([count.to(self._sums.dtype) for count in (
+            self._last = torch.stack([count.to(self._sums.dtype) for count in (
                 loss_sum, topk_correct(logits, labels, 1), torch.tensor(len(labels), device=self.device))])
+        self.images_seen += rows
+        return decision
+
+    def _update(self, squared_norm: float) -> None:
+        """The optimiser's step, unless fp16's gradients overflowed."""
+        if self.loss_scale.update(squared_norm):
+            if self.loss_scale.scale != 1:
+                torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale.scale)
+            self.optimizer.step()
+            self._tally["grad_norm"] += math.sqrt(squared_norm)
+        self.step, self.batch = self.step + 1, self.batch + 1
+        self._tally["steps"] += 1
+        self._sums += self._last
 
     def _keys(self, images: Tensor, first_row: int) -> tuple[Tensor, ...]:
         """The dropout keys of these rows for our own network; other modules take images only."""
@@ -175,33 +185,34 @@ class Trainer:
         rows = torch.arange(first_row, first_row + len(images), device=self.device)
         return (dropout_keys(self.seed, self.step, rows),)
 
-    def _agree(self, loss: Tensor) -> float:
-        """What all ranks must know before the update: the squared gradient norm, and whether one wants to stop.
+    def _agree(self, loss: Tensor) -> Callable[[], float]:
+        """What all ranks must know before the update: the squared gradient norm, and whether one wants to stop. The callable waits for it.
 
-        Raises NonFiniteError on all ranks if the loss of any, or the norm, is not finite (fp16: if a smaller scale does not help).
+        It raises NonFiniteError on all ranks if the loss of any, or the norm, is not finite (fp16: if a smaller scale does not help).
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
         squared = norms.double().square().sum().item() / self.loss_scale.scale**2
         finite = math.isfinite(loss.item())
         mine = torch.tensor([squared / self.placement.data_ranks, float(not finite), float(self.stop_requested)], dtype=torch.float64)
-        squared, not_finite, stop = self.placement.sum(mine).tolist()
-        self.stop_requested = stop > 0
-        if not_finite or (not math.isfinite(squared) and not self.loss_scale.active) or self.loss_scale.exhausted:
-            what = "the loss" if not_finite else "a gradient"
-            raise NonFiniteError(f"step {self.step + 1} (epoch {self.epoch + 1}): {what} is not finite, so the step was not taken; "
-                                 f"lr {self.lr:g} may be too high for this network and data")
-        return squared
+        arrive = self.placement.start_sum(mine)
 
-    def _unscale(self) -> None:
-        if self.loss_scale.scale != 1:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale.scale)
+        def decision() -> float:
+            squared, not_finite, stop = arrive().tolist()
+            self.stopping = stop > 0
+            if not_finite or (not math.isfinite(squared) and not self.loss_scale.active) or self.loss_scale.exhausted:
+                what = "the loss" if not_finite else "a gradient"
+                raise NonFiniteError(f"step {self.step + 1} (epoch {self.epoch + 1}): {what} is not finite, so the step was not taken; "
+                                     f"lr {self.lr:g} may be too high for this network and data")
+            return squared
+
+        return decision
 
     @property
     def lr(self) -> float:
         """The learning rate of the weights behind conv1 (of the last group, for other modules the only one)."""
-        groups = [g for g in self.optimizer.param_groups if g.get("layer") == "rest" and g.get("kind") == "weight"]
-        return (groups or self.optimizer.param_groups)[-1]["lr"]
+        groups = self.optimizer.param_groups
+        return ([g for g in groups if g.get("layer") == "rest" and g.get("kind") == "weight"] or groups)[-1]["lr"]
 
     def _end_epoch(self, scores: Scores) -> None:
         """Validation is done: record, decide, hand over."""
@@ -222,9 +233,7 @@ class Trainer:
             self.best = {"val_loss": scores.loss, "epoch": self.epoch}
         self._start_tally()
         if self.verbose:
-            print(f"{record['epoch']:5d} {record['step']:7d} {record['lr']:9.2g} {record['train_loss']:12.4f} {record['train_top1']:11.1%} "
-                  f"{record['val_loss']:10.4f} {record['val_top1']:10.1%} {record['val_top5']:10.1%} {record['grad_norm']:10.3f} "
-                  f"{record['images_per_second']:9.0f} {record['seconds']:8.1f}{'  best' if improved else ''}", flush=True)
+            print(epoch_line(record) + ("  best" if improved else ""), flush=True)
         if self.on_epoch is not None:
             self.on_epoch(record, improved)
         elif improved:
@@ -239,7 +248,8 @@ class Trainer:
         """This rank's sums, added to the other copies'; the ranks of one copy have the same and count once."""
         return self.placement.sum(sums) / self.placement.column_ranks
 
-    def _scores(self, loader: Any) -> Scores:
+    def scores(self, loader: Any) -> Scores:
+        """Loss, top-1 and top-5 over `loader`, of the weights that the model has now."""
         started = time.perf_counter()
         bar = tqdm(loader, "validation", unit="batch", leave=False, disable=None if self.verbose else True)
         with self.placement.meter.counting(EVALUATION):
@@ -248,17 +258,13 @@ class Trainer:
         self._validation_seconds = time.perf_counter() - started
         return scores
 
-    def scores(self, loader: Any) -> Scores:
-        """Loss, top-1 and top-5 over `loader`, of the weights that the model has now."""
-        return self._scores(loader)
-
     def evaluate(self, test_loader: Any) -> float:
         """The mean loss over the images of `test_loader`."""
-        return self._scores(test_loader).loss
+        return self.scores(test_loader).loss
 
     def accuracy(self, test_loader: Any) -> float:
         """The share of `test_loader`'s images whose largest logit is the label's, a fraction of 1."""
-        return self._scores(test_loader).top1
+        return self.scores(test_loader).top1
 
     def plot_losses(self, window_size: int = 1, path: str | None = None) -> Any:
         """Training and validation loss over epochs, smoothed over `window_size`; a matplotlib figure, saved to `path` if given."""

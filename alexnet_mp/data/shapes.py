@@ -17,10 +17,12 @@ from PIL import Image, ImageDraw
 from alexnet_mp.data.store import resize
 from alexnet_mp.seeds import combine
 
-VERSION = 1
+VERSION = 2
 SIDE = 256
 COUNTS = {"train": 4000, "val": 400, "test": 1000}
 SUPERSAMPLING = 2
+TILT = 0.35
+"""Radians by which a shape is turned at most, either way."""
 CHUNK = 50
 """Images that a thread makes in one go."""
 
@@ -47,9 +49,10 @@ def draw(seed: int, split: str, index: int) -> np.ndarray:
     canvas = _mottled(rng, ground, int(rng.integers(2, 9)), SIDE, 30)
     for _ in range(rng.integers(3, 10)):
         _clutter(rng, canvas, 4, 14)
-    radius = rng.uniform(0.2, 0.38) * SIDE
+    radius = rng.uniform(0.28, 0.42) * SIDE
     outlines = SHAPES[CLASSES[index % len(CLASSES)]](rng)
-    matrix = _rotation(rng) @ np.diag([1, rng.uniform(0.8, 1)]) @ _rotation(rng)
+    axis = rng.uniform(0, np.pi)
+    matrix = _rotation(rng.uniform(-TILT, TILT)) @ _rotation(axis) @ np.diag([1, rng.uniform(0.8, 1)]) @ _rotation(-axis)
     centre = rng.uniform(radius + 8, SIDE - radius - 8, 2)
     fill = _mottled(rng, colour, int(rng.integers(2, 5)), SIDE, 20)
     _stamp(canvas, [(points @ matrix.T, painted) for points, painted in outlines], centre, radius, fill)
@@ -83,7 +86,7 @@ def _clutter(rng: np.random.Generator, canvas: Image.Image, smallest: float, lar
     else:
         outline, radius = _box(-1, 1, -0.4 / radius, 0.4 / radius), radius * 3
     colour = Image.new("RGB", (SIDE, SIDE), tuple(int(c) for c in rng.integers(0, 256, 3)))
-    _stamp(canvas, [(outline @ _rotation(rng), True)], rng.uniform(0, SIDE, 2), radius, colour)
+    _stamp(canvas, [(outline @ _rotation(rng.uniform(0, np.pi)), True)], rng.uniform(0, SIDE, 2), radius, colour)
 
 
 def _stamp(canvas: Image.Image, outlines: Outlines, centre: np.ndarray, radius: float, fill: Image.Image) -> None:
@@ -98,8 +101,7 @@ def _stamp(canvas: Image.Image, outlines: Outlines, centre: np.ndarray, radius: 
     canvas.paste(fill.crop((left, top, left + side, top + side)), (left, top), mask.reduce(SUPERSAMPLING))
 
 
-def _rotation(rng: np.random.Generator) -> np.ndarray:
-    angle = rng.uniform(0, 2 * np.pi)
+def _rotation(angle: float) -> np.ndarray:
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
