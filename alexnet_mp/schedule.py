@@ -62,6 +62,7 @@ class Constant:
     """The learning rate stays what the optimiser was made with."""
 
     noise_off = False                    # whether the colour noise is over
+    frozen = False                       # whether conv1 learns no more, so that nothing need be computed for it
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -125,7 +126,7 @@ class Log(Constant):
             if group.get("kind") == "bias" and self.fixed_biases:
                 mine = 0.0 if mine == 0 else 1.0
             group["lr"] = first * mine
-        self.noise_off = at >= LOG_NOISE_OFF
+        self.noise_off, self.frozen = at >= LOG_NOISE_OFF, conv1 == 0
 
 
 class Cosine(Constant):

@@ -25,6 +25,7 @@ from alexnet_mp.model import AlexNet
 from alexnet_mp.precision import LossScale, autocast
 from alexnet_mp.schedule import Constant, EarlyStopping, Plateau
 from alexnet_mp.summary import EPOCH_HEAD, epoch_line
+from alexnet_mp.tally import Tally
 
 
 class NonFiniteError(ArithmeticError):
@@ -65,7 +66,7 @@ class Trainer:
         self.largest_step_bytes = 0
         self.on_epoch: Callable[[dict[str, Any], bool], None] | None = None
         self._best_weights: dict[str, Tensor] | None = None
-        self._start_tally()
+        self.tally = Tally(self.device)
 
     @property
     def scheduler(self) -> ReduceLROnPlateau | None:
@@ -120,6 +121,10 @@ class Trainer:
         """The rest of the current epoch; False if it was left before its end."""
         self.model.train()
         batches = len(loader) if isinstance(loader, Sized) else None
+        self.schedule.advance(self.epoch)
+        self._freeze()
+        if hasattr(loader, "augment"):
+            loader.augment.noise_off = self.schedule.noise_off
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.epoch, self.batch)
         elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
@@ -135,15 +140,23 @@ class Trainer:
             batch = next(batches_left, None)         # prepared while the ranks' flags are on their way
             self._update(decision())
             if bar.disable is False and self.step % 10 == 0:
-                bar.set_postfix_str(f"loss {float(self._sums[0] / self._sums[2].clamp(min=1)):.3f}")
+                bar.set_postfix_str(f"loss {self.tally.mean_loss():.3f}")
             if (self.stopping or self.out_of_steps) and self.batch != batches:
-                self._tally["seconds"] += time.perf_counter() - started
+                self.tally.seconds += time.perf_counter() - started
                 return False
         bar.close()
-        self._tally["seconds"] += time.perf_counter() - started
-        if not self._tally["steps"]:
+        self.tally.seconds += time.perf_counter() - started
+        if not self.tally.steps:
             raise ValueError("the training loader gave no batches")
         return True
+
+    def _freeze(self) -> None:
+        """Takes conv1 out of autograd from the epoch on at which the schedule freezes it: no gradient, no step, no decay."""
+        conv1 = [p for group in self.optimizer.param_groups if group.get("layer") == "conv1" for p in group["params"]]
+        if any(p.requires_grad == self.schedule.frozen for p in conv1):
+            for p in conv1:
+                p.requires_grad_(not self.schedule.frozen)
+            self.replica = self.placement.parallel(self.model)      # DistributedDataParallel asks once which gradients it will get
 
     def _gradients(self, batch: Any) -> Callable[[], float]:
         """Forward and backward of one batch; the callable waits for all ranks' flags and gives the squared gradient norm (see `_agree`)."""
@@ -160,30 +173,25 @@ class Trainer:
         (share * self.loss_scale.scale).backward()
         self.largest_step_bytes = max(self.largest_step_bytes, self.placement.meter.total_bytes() - sent_before)
         decision = self._agree(loss)
-        with torch.no_grad():
-            loss_sum = loss.detach() * (1 if self.summed else len(labels))
-            self._last = torch.stack([count.to(self._sums.dtype) for count in (
-                loss_sum, topk_correct(logits, labels, 1), torch.tensor(len(labels), device=self.device))])
+        self.tally.propose(loss * (1 if self.summed else len(labels)), topk_correct(logits, labels, 1), len(labels))
         self.images_seen += rows
         return decision
 
     def _update(self, squared_norm: float) -> None:
         """The optimiser's step, unless fp16's gradients overflowed."""
-        if self.loss_scale.update(squared_norm):
+        taken = self.loss_scale.update(squared_norm)
+        if taken:
             if self.loss_scale.scale != 1:
                 torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale.scale)
             self.optimizer.step()
-            self._tally["grad_norm"] += math.sqrt(squared_norm)
         self.step, self.batch = self.step + 1, self.batch + 1
-        self._tally["steps"] += 1
-        self._sums += self._last
+        self.tally.confirm(math.sqrt(squared_norm) if taken else 0.0)
 
     def _keys(self, images: Tensor, first_row: int) -> tuple[Tensor, ...]:
         """The dropout keys of these rows for our own network; other modules take images only."""
         if not isinstance(self.model, AlexNet):
             return ()
-        rows = torch.arange(first_row, first_row + len(images), device=self.device)
-        return (dropout_keys(self.seed, self.step, rows),)
+        return (dropout_keys(self.seed, self.step, torch.arange(first_row, first_row + len(images), device=self.device)),)
 
     def _agree(self, loss: Tensor) -> Callable[[], float]:
         """What all ranks must know before the update: the squared gradient norm, and whether one wants to stop. The callable waits for it.
@@ -216,12 +224,12 @@ class Trainer:
 
     def _end_epoch(self, scores: Scores) -> None:
         """Validation is done: record, decide, hand over."""
-        loss, correct, images = self._all_copies(self._sums.cpu().double()).tolist()
-        seconds, steps = self._tally["seconds"], self._tally["steps"]
+        tally, self.tally = self.tally, Tally(self.device)
+        loss, correct, images = self._all_copies(tally.sums.cpu().double()).tolist()
         record = {
             "epoch": self.epoch + 1, "step": self.step, "lr": self.lr, "train_loss": loss / images, "train_top1": correct / images,
-            "val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5, "grad_norm": self._tally["grad_norm"] / steps,
-            "images_per_second": images / seconds, "seconds": round(seconds + self._validation_seconds, 3),
+            "val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5, "grad_norm": tally.grad_norm / tally.steps,
+            "images_per_second": images / tally.seconds, "seconds": round(tally.seconds + self._validation_seconds, 3),
         }
         self.history.append(record)
         self.epoch, self.batch = self.epoch + 1, 0
@@ -231,18 +239,12 @@ class Trainer:
         improved = scores.loss < self.best["val_loss"]
         if improved:
             self.best = {"val_loss": scores.loss, "epoch": self.epoch}
-        self._start_tally()
         if self.verbose:
             print(epoch_line(record) + ("  best" if improved else ""), flush=True)
         if self.on_epoch is not None:
             self.on_epoch(record, improved)
         elif improved:
             self._best_weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-
-    def _start_tally(self) -> None:
-        self._tally = {"steps": 0, "grad_norm": 0.0, "seconds": 0.0}
-        # float64 sums lose nothing over an epoch; MPS has no float64
-        self._sums = torch.zeros(3, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
 
     def _all_copies(self, sums: Tensor) -> Tensor:
         """This rank's sums, added to the other copies'; the ranks of one copy have the same and count once."""
@@ -283,7 +285,7 @@ class Trainer:
             "epoch": self.epoch, "step": self.step, "batch": self.batch, "history": self.history, "best": self.best,
             "schedule": self.schedule.state_dict(), "loss_scale": self.loss_scale.state_dict(),
             "early_stopping": self.early_stopping.state_dict() if self.early_stopping else None,
-            "tally": self._tally, "sums": self._all_copies(self._sums.cpu().double()),
+            "tally": self.tally.state_dict(self._all_copies),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -294,6 +296,4 @@ class Trainer:
         self.loss_scale.load_state_dict(state["loss_scale"])
         if self.early_stopping and state["early_stopping"]:
             self.early_stopping.load_state_dict(state["early_stopping"])
-        self._tally = dict(state["tally"])
-        if self.placement.data_rank == 0:    # the sums of all copies go on as the first one's
-            self._sums += state["sums"].to(self._sums)
+        self.tally.load_state_dict(state["tally"], first_copy=self.placement.data_rank == 0)

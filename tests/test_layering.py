@@ -12,7 +12,7 @@ PACKAGE = ROOT / "alexnet_mp"
 ROWS = [
     {"seeds"},
     {"config"},
-    {"presets", "layers", "exchange", "optim", "schedule", "precision", "summary", "crossing", "data"},
+    {"presets", "layers", "exchange", "optim", "schedule", "precision", "summary", "crossing", "tally", "data"},
     {"model"},
     {"rendezvous", "distributed", "evaluation", "figures"},
     {"checkpoint", "cli"},

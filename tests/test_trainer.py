@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from alexnet_mp import AlexNet, ModelConfig, Trainer
+from alexnet_mp import AlexNet, ModelConfig, Trainer, preset
 from alexnet_mp.evaluation import evaluate, topk_correct
+from alexnet_mp.optim import build_optimizer
+from alexnet_mp.schedule import build_schedule
 from alexnet_mp.trainer import NonFiniteError
 
 
@@ -181,3 +183,37 @@ def test_evaluation_has_no_dropout_and_leaves_the_model_training() -> None:
 def test_evaluating_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="no images"):
         evaluate(nn.Linear(2, 2), [], device=torch.device("cpu"))
+
+
+def test_conv1_leaves_autograd_at_the_epoch_at_which_the_schedule_freezes_it() -> None:
+    config = preset("original").with_fields(image_size=64, kernels=(4, 4, 4, 4, 4), hidden=(6, 6), classes=3, epochs=5, lr=0.001)
+    model = AlexNet(config.model)
+    optimizer = build_optimizer(model, config.recipe)
+    one = Trainer(model, nn.CrossEntropyLoss(), optimizer, "cpu", 0, schedule=build_schedule(optimizer, config.recipe), verbose=False)
+    batches = [(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0]))]
+    seen = []
+    one.on_epoch = lambda record, improved: seen.append([
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        {name for name, p in model.named_parameters() if p.grad is None}])
+    one.train(batches, batches, epochs=5)
+    # Epoch 72 of 90 is 4 of 5: the fifth epoch leaves conv1 as it was, computes nothing for it, and goes on with the others.
+    (before, _), (after, without_gradient) = seen[3:]
+    conv1 = {name for name in before if ".conv1." in name}
+    assert len(conv1) == 4 and without_gradient == conv1
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert conv1 <= unchanged and "columns.0.fc8.weight" not in unchanged
+    assert seen[0][1] == set()
+
+
+def test_the_colour_noise_ends_when_the_schedule_says_so() -> None:
+    class Augment:
+        noise_off = False
+
+    class Loader(list):
+        augment = Augment()
+
+    one, states = trainer(patience=0), []
+    one.schedule = build_schedule(one.optimizer, preset("original").with_fields(epochs=4).recipe)
+    one.on_epoch = lambda record, improved: states.append(Loader.augment.noise_off)
+    one.train(Loader(DataLoader(images(8), 4)), DataLoader(images(4), 4), epochs=4)
+    assert states == [False, False, False, True]          # epoch 67 of 90 is 2.98 of 4
