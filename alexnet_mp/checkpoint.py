@@ -5,7 +5,8 @@ Contents (plain containers and tensors, read back with `weights_only=True`):
     config            the configuration, as `Config.to_dict` gives it
     model, velocity   canonical names of the state dict -> tensors of the whole network
     loop              the trainer's state: epoch, step, batches done in the epoch, sums, schedule, early stopping, ...
-    data              what the run was fed: classes and the number of images
+    data              what the run was fed: classes, the number of images, and, where preprocessing needs them, the `statistics` of
+                      the training images (mean_image, at the side that batches are resized to, and covariance; else None)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: every field of the configuration is a flag, made by tyro from the dataclasses."""
+"""The command lines: every field of a configuration or request is a flag, made by tyro from the dataclasses."""
 
 from __future__ import annotations
 
@@ -9,19 +9,31 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
 from alexnet_mp.checkpoint import read
 from alexnet_mp.config import Config
 from alexnet_mp.presets import preset
+from alexnet_mp.requests import EvaluateRequest, PredictRequest
 
 LAST = "last"        # what `--resume` without a file stands for
 FREE_ON_RESUME = {"epochs", "max_steps", "patience", "delta", "data_dir"}    # besides everything of the machine and placement
 
-DESCRIPTION = """Trains AlexNet in columns: `torchrun --nproc_per_node=2 launch/train.py [flags]` puts one column on each of two
+Kind = TypeVar("Kind")
+
+TRAIN = """Trains AlexNet in columns: `torchrun --nproc_per_node=2 launch/train.py [flags]` puts one column on each of two
 GPUs (or CPU processes); `python launch/train.py [flags]` runs all columns on one device. Without flags: the demo preset on
 generated images, no download. A preset is a complete configuration; any flag below changes one field of it."""
+
+EVALUATE = """Measures trained networks: loss, top-1 and top-5 over a split's images. `python launch/evaluate.py --checkpoint
+RUN/best.pt` repeats the test of the run in RUN, on one device or, under torchrun as for training, on several, whatever the
+placement that trained it. --ten-crop averages ten views of each image, as the paper's figures do; several --checkpoint are
+averaged as one network."""
+
+PREDICT = """Names what is on images: `python launch/predict.py --checkpoint RUN/best.pt cat.jpg dog.png` shows the most
+probable classes of each. Files that cannot be read are named, the others are shown, and the exit code is then 2."""
 
 
 class UsageError(ValueError):
@@ -37,12 +49,23 @@ def parse_train(argv: Sequence[str]) -> Config:
             argv.insert(at, LAST)
     try:
         base, checkpoint = _base(argv)
-        config = _tyro(argv, base)
+        # --resume has been read: what the flags change must not be changed back by it.
+        config = _tyro(Config, argv, TRAIN, base).with_fields(resume=base.run.resume)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
     if checkpoint:
         _refuse_changes(config, base, checkpoint)
     return config
+
+
+def parse_evaluate(argv: Sequence[str]) -> EvaluateRequest:
+    """What `argv` asks of evaluate.py; `--checkpoint A B` is `--checkpoint A --checkpoint B`. Raises as `parse_train`."""
+    return parse_request(EvaluateRequest, _repeated(argv, ("--checkpoint", "--weights")), EVALUATE)
+
+
+def parse_predict(argv: Sequence[str]) -> PredictRequest:
+    """What `argv` asks of predict.py; what follows a flag's value is an image. Raises as `parse_train`."""
+    return parse_request(PredictRequest, list(argv), PREDICT)
 
 
 def value_of(argv: Sequence[str], flag: str) -> str | None:
@@ -84,18 +107,52 @@ def _refuse_changes(config: Config, stored: Config, path: Path) -> None:
             raise UsageError(f"--{name} {value}: {path} was trained with {before}; leave the flag out to continue it")
 
 
-def _tyro(argv: list[str], base: Config) -> Config:
-    """Tyro's reading of `argv`; its boxed message becomes one line."""
+def parse_request(kind: type[Kind], argv: list[str], description: str) -> Kind:
+    """What `argv` asks for, as a `kind`, which has a field `json`. Raises as `parse_train`."""
+    try:
+        request = _tyro(kind, argv, description)
+        if is_main_process():
+            _check_writable(request.json)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+    return request
+
+
+def _check_writable(target: str) -> None:
+    """Says before the work, not after it, that its result could not be written."""
+    path = Path(target).absolute()
+    if target in ("", "-"):
+        return
+    if path.is_dir():
+        raise ValueError(f"--json {target}: a folder; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--json {target}: cannot be written" + ("" if path.parent.is_dir() else f", there is no folder {path.parent}"))
+
+
+def _repeated(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """`argv` with each of `flags` before every one of its values: `--checkpoint A B` becomes `--checkpoint A --checkpoint B`."""
+    words: list[str] = []
+    flag = None
+    for before, word in zip(["", *argv], argv, strict=False):
+        if word.startswith("--"):
+            flag = name if (name := word.partition("=")[0]) in flags else None
+        elif flag and before != flag:
+            words.append(flag)
+        words.append(word)
+    return words
+
+
+def _tyro(kind: type[Kind], argv: list[str], description: str, default: Kind | None = None) -> Kind:
+    """Tyro's reading of `argv` as a `kind`, whose fields are `default`'s where no flag says otherwise; its boxed message becomes one line."""
     message = io.StringIO()
-    # --resume has been read: what the flags change must not be changed back by it.
+    options = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(message):
-            config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=argv, default=base, prog=Path(sys.argv[0]).name, description=DESCRIPTION)
+            return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=argv, prog=Path(sys.argv[0]).name, description=description, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ValueError(_one_line(message.getvalue())) from None
-    return config.with_fields(resume=base.run.resume)
 
 
 def _one_line(box: str) -> str:

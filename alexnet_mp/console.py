@@ -5,14 +5,16 @@ Exit codes: 0 done; 1 training failed; 2 the command, its files or its ranks are
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -97,3 +99,34 @@ def _tell_torchrun(message: str) -> None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def printing_json(target: str) -> Iterator[Callable[[Any], None]]:
+    """Gives a function that writes its argument to the file `target` ("-": standard output; "": nowhere), on the main rank.
+
+    With "-" all that is printed inside the block goes to the standard error instead.
+    """
+    output = sys.stdout
+
+    def write(content: Any) -> None:
+        text = json.dumps(_finite(content), indent=1) + "\n"
+        if os.environ.get("RANK", "0") != "0" or not target:
+            return
+        if target == "-":
+            output.write(text)
+        else:
+            with open(target, "w", encoding="utf-8") as file:
+                file.write(text)
+
+    with contextlib.redirect_stdout(sys.stderr if target == "-" else output):
+        yield write
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no number for what is not finite; null says that there is none."""
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,11 +1,11 @@
-"""How good a network is: mean loss, top-1 and top-5 over images, never over batches."""
+"""How good a network is: mean loss, top-1 and top-5 over images, never over batches; and the average of views and of networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,3 +59,45 @@ def evaluate(model: nn.Module, loader: Iterable[Any], *, device: torch.device, c
         raise ValueError("nothing to evaluate: the loader gave no images")
     return Scores(loss / images, top1 / images, top5 / images, round(images))
 
+
+Views = Callable[[Tensor], Iterable[Tensor]]
+"""Gives the views of a batch of images, uint8, one after another: `Augment.ten_views`, or one that is the centre crop."""
+
+
+class Average(nn.Module):
+    """Several networks, and several views of every image, as one network: `evaluate` takes it like any other.
+
+    Each network's views are averaged, then the networks by their weights, as in 2012 (paper 4.1; `avg-test.py` of the source).
+    Views go through a network one by one, so ten need no more memory than one.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], views: Sequence[Views], weights: Sequence[float] | None = None,
+                 average: Literal["probabilities", "logits"] = "probabilities") -> None:
+        """One of `views` for each network, which may crop and subtract its own mean. `average` is of a network's views."""
+        super().__init__()
+        self.networks, self.views, self.average = nn.ModuleList(networks), tuple(views), average
+        self.weights = tuple(weights or [1.0] * len(networks))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, classes), whose softmax is the average, of images (N, 3, s, s)."""
+        answers = []
+        for network, views in zip(self.networks, self.views, strict=True):
+            outputs = [network(view) for view in views(images)]
+            answers.append(blend(outputs, [1.0] * len(outputs), self.average))
+        return blend(answers, self.weights)
+
+
+def blend(outputs: Sequence[Tensor], weights: Sequence[float], average: Literal["probabilities", "logits"] = "probabilities") -> Tensor:
+    """Logits whose softmax is the weighted mean of the `outputs`' softmaxes; or the weighted mean of the outputs themselves.
+
+    Cross-entropy of these logits is minus the logarithm of the label's mean probability, also where that is too small for a float.
+    Float64 where the device has it; a single output comes back as it is, bit for bit.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    stacked = torch.stack(list(outputs))                                                   # outputs x N x classes
+    stacked = stacked.to(torch.float32 if stacked.device.type == "mps" else torch.float64)
+    shares = stacked.new_tensor(weights)[:, None, None] / sum(weights)
+    if average == "logits":
+        return (stacked * shares).sum(0)
+    return (stacked.log_softmax(2) + shares.log()).logsumexp(0)

@@ -123,7 +123,7 @@ class Run:
     def _resume(self) -> None:
         path = self.config.run.resume
         content = checkpoint.read(path)
-        if content["data"] != self.data:
+        if {name: content["data"][name] for name in self.data} != self.data:
             raise ValueError(f"--data-dir {self.config.data.data_dir}: {path} was trained on other data, {content['data']['images']} images of "
                              f"{len(content['data']['classes'])} classes, not {self.data['images']} of {len(self.data['classes'])}")
         checkpoint.load_model(content, self.model, path)
@@ -153,8 +153,9 @@ class Run:
         self._save(improved)
 
     def _save(self, improved: bool) -> None:
-        trainer = self.trainer
-        checkpoint.save(self.out / "last.pt", self.placement, self.model, trainer.optimizer, self.config, trainer.state_dict(), self.data,
+        trainer, statistics = self.trainer, self.augment.statistics
+        data = self.data | {"statistics": vars(statistics) if statistics else None}
+        checkpoint.save(self.out / "last.pt", self.placement, self.model, trainer.optimizer, self.config, trainer.state_dict(), data,
                         self.out / "best.pt" if improved else None)
 
     def _write_history(self) -> None:

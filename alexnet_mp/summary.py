@@ -57,3 +57,20 @@ def epoch_line(record: dict[str, Any]) -> str:
     return (f"{record['epoch']:5d} {record['step']:7d} {record['lr']:9.2g} {record['train_loss']:12.4f} {record['train_top1']:12.1%} "
             f"{record['val_loss']:10.4f} {record['val_top1']:10.1%} {record['val_top5']:10.1%} {record['grad_norm']:10.3f} "
             f"{record['images_per_second']:9.0f} {record['seconds']:8.1f}")
+
+
+def scores_table(result: dict[str, Any], classes: int) -> str:
+    """What launch/evaluate.py found, as the JSON has it, for people."""
+    lines = [f"{'weight':>8s}  checkpoint"] if len(result["checkpoints"]) > 1 else []
+    lines += [f"{weight:8.3f}  {path}" for path, weight in zip(result["checkpoints"], result["weights"], strict=True)] if lines else []
+    top = f"top-{min(5, classes)}"
+    return "\n".join([
+        *lines, f"{'data':>14s} {'split':>6s} {'loss':>9s} {'top-1':>8s} {top:>8s} {'images':>9s} {'views':>6s} {'seconds':>8s} {'images/s':>9s}",
+        f"{result['data']:>14s} {result['split']:>6s} {result['loss']:9.4f} {result['top1']:8.2%} {result['top5']:8.2%} {result['images']:9,d} "
+        f"{result['views']:6d} {result['seconds']:8.1f} {result['images_per_second']:9.0f}"])
+
+
+def prediction_lines(answer: dict[str, Any]) -> list[str]:
+    """One file's most probable classes, with a bar of up to 30 signs for each."""
+    return [answer["file"], *(f"{entry['probability']:8.1%}  {'#' * round(30 * entry['probability']):30s}  {entry['class']}"
+                              for entry in answer["top"])]

@@ -473,7 +473,7 @@ def test_shapes_are_balanced_and_complete(few_shapes: None) -> None:
 
 def test_shapes_cached_at_a_smaller_side_are_the_large_ones_reduced(few_shapes: None, cache: Path) -> None:
     large, small = load(DataConfig(), 0), load(DataConfig(), 0, side=76)
-    assert sorted(path.name for path in cache.iterdir()) == ["shapes-0-1-256px", "shapes-0-1-76px"]
+    assert sorted(path.name for path in cache.iterdir()) == [f"shapes-0-{shapes.VERSION}-256px", f"shapes-0-{shapes.VERSION}-76px"]
     assert torch.equal(large.train.gather(range(60), 76), small.train.gather(range(60)))
     assert torch.equal(large.train.statistics(76).mean_image, small.train.statistics(76).mean_image)
 

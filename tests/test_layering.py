@@ -14,10 +14,10 @@ ROWS = [
     {"config"},
     {"presets", "layers", "exchange", "optim", "schedule", "precision", "summary", "crossing", "tally", "data"},
     {"model"},
-    {"rendezvous", "distributed", "evaluation", "figures"},
-    {"checkpoint", "cli"},
-    {"trainer"},
-    {"run", "console"},
+    {"rendezvous", "distributed", "evaluation", "lettering", "figures", "pictures"},
+    {"checkpoint", "requests", "cli"},
+    {"trainer", "inference"},
+    {"run", "console", "gallery"},
     {"__init__"},
 ]
 MAY_USE_PROCESS_GROUPS = {"exchange", "rendezvous", "distributed", "console"}

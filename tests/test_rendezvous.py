@@ -27,12 +27,14 @@ def test_half_an_environment_is_refused_with_the_way_out(change: dict, words: st
     assert "torchrun --nproc_per_node=2" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("columns", "ranks", "share"), [(2, 1, 1), (2, 2, 2), (2, 4, 2), (2, 6, 2), (4, 2, 2), (4, 4, 4), (4, 8, 4), (4, 6, 2), (1, 1, 1), (1, 3, 1)])
+@pytest.mark.parametrize(("columns", "ranks", "share"), [
+    (2, 1, 1), (2, 2, 2), (2, 4, 2), (2, 6, 2), (4, 2, 2), (4, 4, 4), (4, 8, 4), (4, 6, 2), (1, 1, 1), (1, 3, 1)])
 def test_a_copy_takes_the_most_ranks_that_columns_and_world_allow(columns: int, ranks: int, share: int) -> None:
     assert choose_column_ranks(columns, ranks) == share
 
 
-@pytest.mark.parametrize(("columns", "ranks", "words"), [(2, 3, "1 or a multiple of 2"), (4, 3, "1 or a multiple of 2 or 4"), (2, 5, "1 or a multiple of 2")])
+@pytest.mark.parametrize(("columns", "ranks", "words"), [
+    (2, 3, "1 or a multiple of 2"), (4, 3, "1 or a multiple of 2 or 4"), (2, 5, "1 or a multiple of 2")])
 def test_ranks_that_cannot_share_the_columns_are_refused_with_the_sizes_that_work(columns: int, ranks: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         choose_column_ranks(columns, ranks)
@@ -52,7 +54,8 @@ def on_a_machine(monkeypatch, gpus: int) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize(("gpus", "local_rank", "device"), [(0, 1, "cpu"), (1, 0, "cuda:0"), (1, 1, "cuda:0"), (2, 0, "cuda:0"), (2, 1, "cuda:1"), (8, 1, "cuda:1")])
+@pytest.mark.parametrize(("gpus", "local_rank", "device"), [
+    (0, 1, "cpu"), (1, 0, "cuda:0"), (1, 1, "cuda:0"), (2, 0, "cuda:0"), (2, 1, "cuda:1"), (8, 1, "cuda:1")])
 def test_each_rank_takes_its_own_gpu_or_shares_the_only_one(monkeypatch, gpus: int, local_rank: int, device: str) -> None:
     on_a_machine(monkeypatch, gpus)
     assert choose_device("auto", Environment(local_rank, 2, local_rank, 2)) == torch.device(device)

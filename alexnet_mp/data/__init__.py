@@ -6,11 +6,12 @@ import torch
 
 from alexnet_mp.config import Config
 from alexnet_mp.data.augment import Augment, Draw, needs_statistics
+from alexnet_mp.data.folder import try_read
 from alexnet_mp.data.loader import Batch, Loader
 from alexnet_mp.data.sources import Splits, load
-from alexnet_mp.data.store import Statistics, Store
+from alexnet_mp.data.store import Statistics, Store, resize
 
-__all__ = ["Augment", "Batch", "Draw", "Loader", "Splits", "Statistics", "Store", "build_loaders", "load"]
+__all__ = ["Augment", "Batch", "Draw", "Loader", "Splits", "Statistics", "Store", "build_loaders", "load", "needs_statistics", "resize", "try_read"]
 
 
 def build_loaders(config: Config, splits: Splits, *, data_rank: int = 0, data_ranks: int = 1,

@@ -5,6 +5,7 @@ Values are grey levels, 0 to 255, as in 2012, and stay so after the mean is subt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class Augment:
 
     def __init__(self, config: DataConfig, image_size: int, statistics: Statistics | None = None, device: torch.device | str = "cpu") -> None:
         """`statistics`, of the training split at `side`, is needed where `needs_statistics(config)`."""
-        self.config, self.size, self.side = config, image_size, config.resized_side(image_size)
+        self.config, self.size, self.side, self.statistics = config, image_size, config.resized_side(image_size), statistics
         self.noise_off = False
         self.margin = self.side - image_size        # the last place at which a crop fits
         if needs_statistics(config) and statistics is None:
@@ -83,9 +84,15 @@ class Augment:
 
     def ten_crop(self, images: Tensor) -> Tensor:
         """float32 (N, 10, 3, size, size): top left, top right, bottom left, bottom right, centre, then the same five flipped."""
+        return torch.stack(list(self.ten_views(images)), 1)
+
+    def ten_views(self, images: Tensor) -> Iterator[Tensor]:
+        """The ten of `ten_crop`, one after another: the memory of a single one."""
         images, last, middle = self._at_side(images), self.margin, self.margin // 2
         corners = ((0, 0), (0, last), (last, 0), (last, last), (middle, middle))
-        return torch.stack([self._view(images, top, left, flip) for flip in (False, True) for top, left in corners], 1)
+        for flip in (False, True):
+            for top, left in corners:
+                yield self._view(images, top, left, flip)
 
     def _at_side(self, images: Tensor) -> Tensor:
         return resize(images, self.side)
@@ -106,7 +113,7 @@ class Augment:
         return values
 
     def _scaled(self, values: Tensor) -> Tensor:
-        return values.div_(127.5) if self.config.mean == "half" else values
+        return values.mul_(1 / 127.5 if self.config.mean == "half" else self.config.scale)
 
 
 def needs_statistics(config: DataConfig) -> bool:

@@ -108,7 +108,7 @@ def pack(listing: Listing, path: Path, progress: bool) -> None:
     with (Writer(path, listing.classes) as writer, ThreadPoolExecutor(workers) as pool, bar, warnings.catch_warnings()):
         warnings.simplefilter("ignore")         # Pillow's, of odd metadata: one a file; what cannot be read raises
         while group := list(islice(files, 64 * workers)):
-            for (file, label), image in zip(group, pool.map(_try_read, [file for file, _ in group]), strict=True):
+            for (file, label), image in zip(group, pool.map(try_read, [file for file, _ in group]), strict=True):
                 if isinstance(image, str):
                     bad.append(f"{file}: {image}")
                 else:
@@ -121,11 +121,13 @@ def pack(listing: Listing, path: Path, progress: bool) -> None:
             raise ValueError(f"cannot read {'; '.join(bad[:SHOWN])}{more}; replace or delete what is damaged")
 
 
-def _try_read(file: Path) -> np.ndarray | str:
+def try_read(file: Path) -> np.ndarray | str:
+    """`read_image`, or in a few words why that cannot be."""
     try:
         return read_image(file)
     except Exception as error:       # Pillow's plugins raise nearly everything for a damaged file
-        text = "not an image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
+        words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        text = "not an image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else words
         return "an empty file" if isinstance(error, OSError) and _is_empty(file) else text.replace("\n", " ")
 
 

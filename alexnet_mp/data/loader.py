@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alexnet_mp.data.augment import Augment, Draw
-from alexnet_mp.data.store import Store
+from alexnet_mp.data.store import Store, resize
 from alexnet_mp.seeds import combine
 
 AHEAD = 2
@@ -24,7 +24,7 @@ AHEAD = 2
 class Batch(NamedTuple):
     """One rank's rows of a global batch; `for images, labels, *_ in loader` works too."""
 
-    images: Tensor       # float32 (N, 3, S, S), on the device; N is 0 where a short last batch has no row for this rank
+    images: Tensor       # float32 (N, 3, S, S), uint8 if raw, on the device; N is 0 where a short last batch has no row for this rank
     labels: Tensor       # int64 (N,), on the device
     first_row: int       # of this rank's rows in the global batch
     rows: int            # of the global batch
@@ -34,11 +34,13 @@ class Loader:
     """Iterates over one epoch's batches, the short last one included; every image comes once, on one data rank.
 
     In training the order is a permutation and every batch is augmented, both functions of seed and epoch alone: neither the
-    number of ranks, nor a resume, nor the thread can change them. Otherwise: stored order and centre crops.
+    number of ranks, nor a resume, nor the thread can change them. Otherwise: stored order and centre crops, or `raw` images, of
+    the augmentation's side, for whoever takes views of them.
     """
 
     def __init__(self, store: Store, augment: Augment, batch_size: int, seed: int = 0, train: bool = False,
-                 data_rank: int = 0, data_ranks: int = 1, device: torch.device | str = "cpu") -> None:
+                 data_rank: int = 0, data_ranks: int = 1, device: torch.device | str = "cpu", raw: bool = False) -> None:
+        self.raw = raw
         self.store, self.augment, self.batch_size, self.seed, self.training = store, augment, batch_size, seed, train
         self.data_rank, self.data_ranks, self.device = data_rank, data_ranks, torch.device(device)
         self.epoch = self.skip = 0
@@ -112,7 +114,11 @@ class Loader:
     def _finish(self, images: Tensor, labels: Tensor, draw: Draw | None, first: int, rows: int) -> Batch:
         """The device's part, in the consumer's thread: on its stream, and with its threads."""
         images, labels = (values.to(self.device, non_blocking=True) for values in (images, labels))
-        return Batch(self.augment.test(images) if draw is None else self.augment.train(images, draw), labels, first, rows)
+        if draw is not None:
+            images = self.augment.train(images, draw)
+        else:
+            images = resize(images, self.augment.side) if self.raw else self.augment.test(images)
+        return Batch(images, labels, first, rows)
 
 
 def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> None:

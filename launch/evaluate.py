@@ -1,0 +1,25 @@
+#!/usr/bin/env python
+"""Measures trained networks: loss, top-1, top-5 over the images of a split.
+
+    python launch/evaluate.py --checkpoint RUN/best.pt --ten-crop
+    torchrun --nproc_per_node=2 launch/evaluate.py --checkpoint A/best.pt B/best.pt --weights 0.6 0.4 --json result.json
+
+`--help` lists the flags; without --data, the data is what the first checkpoint was trained on.
+"""
+
+import sys
+
+from alexnet_mp.cli import parse_evaluate
+from alexnet_mp.console import guarded, printing_json
+from alexnet_mp.inference import evaluate_checkpoints
+
+
+def main() -> int:
+    request = parse_evaluate(sys.argv[1:])
+    with printing_json(request.json) as write:
+        write(evaluate_checkpoints(request))
+    return 0
+
+
+if __name__ == "__main__":
+    guarded(main)

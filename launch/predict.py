@@ -1,0 +1,28 @@
+#!/usr/bin/env python
+"""Names what is on images.
+
+    python launch/predict.py --checkpoint RUN/best.pt cat.jpg dog.png
+    python launch/predict.py --checkpoint A/best.pt --checkpoint B/best.pt --ten-crop --top 3 --json - photos/*.jpg
+
+`--help` lists the flags. Exit code 2 if a file could not be read; the others are shown all the same.
+"""
+
+import sys
+
+from alexnet_mp.cli import is_main_process, parse_predict
+from alexnet_mp.console import fail, guarded, printing_json
+from alexnet_mp.inference import predict_files
+
+
+def main() -> int:
+    request = parse_predict(sys.argv[1:])
+    sys.stdout.reconfigure(errors="backslashreplace")     # names of files may hold anything
+    with printing_json(request.json) as write:
+        answers = predict_files(request)
+        write(answers)
+    bad = [f"{answer['file']}: {answer['error']}" for answer in answers if "error" in answer]
+    return max((fail(line, 2) for line in bad), default=0) if is_main_process() else 0
+
+
+if __name__ == "__main__":
+    guarded(main)
