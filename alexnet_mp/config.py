@@ -167,13 +167,10 @@ class DataConfig:
     """Divide the noisy image by 1 + colour_noise, as the 2012 source does."""
     mean: Literal["image-centre", "image-aligned", "half", "none"] = "image-centre"
     """What is subtracted: the mean image's centre crop (2012 source), the crop's own place in it, or 0.5 after /255."""
-    scale: float = 1.0
-    """What multiplies the values once the mean is subtracted: 1 in 2012, grey levels; half has a scale of its own."""
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "limit_train", "limit_val", "limit_test", "colour_noise")
-        _check(0 < self.scale < math.inf and 0 < self.validation_share < 1,
-               f"--scale {self.scale} --validation-share {self.validation_share}: positive, and the share below 1")
+        _check(0 < self.validation_share < 1, f"--validation-share {self.validation_share}: between 0 and 1")
         _check(self.crop_chunk >= 1, f"--crop-chunk {self.crop_chunk}: one image or more")
         _check(self.stored_side >= self.crop_of >= 1, f"--stored-side {self.stored_side} --crop-of {self.crop_of}: the crop must fit in")
 

@@ -80,9 +80,9 @@ def demo() -> Config:
     """
     return Config(
         "demo",
-        ModelConfig(image_size=67, initial_weights=("he", 0.07, 0.05, "he", "he", "he", "he", 0.01), initial_biases=(0.0,) * 8),
-        DataConfig(mean="half"),
-        RecipeConfig(epochs=8, batch_size=64, lr=0.03, schedule="cosine"),
+        ModelConfig(image_size=67, initial_weights=("he", 0.07, 0.05, "he", "he", "he", "he", 0.02), initial_biases=(0.0,) * 8),
+        DataConfig(mean="half", random_crop=False, flip=False),
+        RecipeConfig(epochs=6, batch_size=32, lr=0.02, schedule="cosine"),
     )
 
 

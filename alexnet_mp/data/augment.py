@@ -113,7 +113,7 @@ class Augment:
         return values
 
     def _scaled(self, values: Tensor) -> Tensor:
-        return values.mul_(1 / 127.5 if self.config.mean == "half" else self.config.scale)
+        return values.div_(127.5) if self.config.mean == "half" else values
 
 
 def needs_statistics(config: DataConfig) -> bool:
