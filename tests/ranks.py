@@ -54,6 +54,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _LIBRARIES = ("torch", "torch.distributed", "torch._dynamo", "numpy", "pytest")     # the first optimiser imports torch._dynamo: 2 s
 _PACKAGE = ("", ".config", ".model", ".exchange", ".distributed", ".optim", ".evaluation", ".checkpoint", ".trainer")
 _group_numbers = itertools.count()
+_failed_at: list[float] = []
 
 
 class RanksFailed(AssertionError):
@@ -108,6 +109,9 @@ def process_group(rank: int | None = None, world_size: int | None = None, backen
                             world_size=int(os.environ["WORLD_SIZE"]) if world_size is None else world_size)
     try:
         yield
+    except BaseException:
+        _failed_at.append(time.monotonic())      # before leaving the group makes the peers fail too
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -245,7 +249,7 @@ def _rank_main(place: _Place, work: _Work) -> None:
             outcome = pickle.dumps((True, function(place.rank, *args), time.monotonic()))
         except BaseException as error:                                         # SystemExit too: an argument parser's refusal
             lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next or error.__traceback__)
-            outcome = pickle.dumps((False, "".join(lines), time.monotonic()))
+            outcome = pickle.dumps((False, "".join(lines), min([*_failed_at, time.monotonic()])))
         unfinished = place.outcome.with_suffix(".part")
         unfinished.write_bytes(outcome)
         unfinished.rename(place.outcome)
