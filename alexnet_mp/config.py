@@ -79,7 +79,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check(self.columns >= 1, f"--columns {self.columns}: a network has one column or more")
-        _check(min(*self.kernels, *self.hidden) > 0, f"--kernels {self.kernels} --hidden {self.hidden}: must be positive")
+        _check(len(self.kernels) == 5 and min(self.kernels) > 0, f"--kernels {self.kernels}: five positive numbers, conv1 to conv5")
+        _check(len(self.hidden) == 2 and min(self.hidden) > 0, f"--hidden {self.hidden}: two positive numbers, fc6 and fc7")
         _check_not_negative(self, "classes")
         _check(min(self.conv1_padding) >= 0, f"--conv1-padding {self.conv1_padding}: left right top bottom, none negative")
         unknown = [name for name in self.crossings if name not in LAYERS[1:]]
@@ -87,8 +88,8 @@ class ModelConfig:
         _check("fc8" in self.crossings, f"--crossings {' '.join(self.crossings)}: fc8 must be among them, every rank needs all logits")
         _check(len(set(self.crossings)) == len(self.crossings), f"--crossings {' '.join(self.crossings)}: a layer stands there twice")
         _check(self.lrn_size >= 1 and self.lrn_size % 2 == 1, f"--lrn-size {self.lrn_size}: an odd number, the window is centred")
-        _check_not_negative(self, "lrn_alpha", "lrn_beta", "map_norm_alpha")
         _check(self.lrn_k > 0, f"--lrn-k {self.lrn_k}: must be positive, it keeps the denominator from zero")
+        _check_not_negative(self, "lrn_alpha", "lrn_beta", "map_norm_alpha")
         _check(self.pool_size >= 1 and self.pool_stride >= 1, f"--pool-size {self.pool_size} --pool-stride {self.pool_stride}: must be positive")
         _check(0 <= self.dropout_rate < 1, f"--dropout-rate {self.dropout_rate}: at least 0 and below 1")
         unknown = [name for name in self.dropout_after if name not in ("conv5", "fc6", "fc7")]
@@ -219,7 +220,7 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         _check_not_negative(self, "epochs", "max_steps", "lr", "weight_decay", "patience", "lr_patience", "lr_min", "warmup_epochs", "delta")
         _check(self.batch_size >= 1, f"--batch-size {self.batch_size}: one image or more")
-        _check_not_negative(self, *["bias_lr"] * (self.bias_lr is not None))
+        _check_not_negative(self, *(["bias_lr"] if self.bias_lr is not None else []))
         _check(0 <= self.momentum < 1, f"--momentum {self.momentum}: at least 0 and below 1")
         _check(0 < self.lr_factor < 1, f"--lr-factor {self.lr_factor}: between 0 and 1")
 

@@ -97,6 +97,10 @@ class Placement:
         """The sum of `values` (any shape, on the CPU) over all ranks, the same on each."""
         return self.start_sum(values)()
 
+    def sum_over_copies(self, values: Tensor) -> Tensor:
+        """`values` of this rank's rows, added to the other copies' of the network; the ranks of one copy have the same and count once."""
+        return self.sum(values) / self.column_ranks
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (picklable), in rank order, on every rank."""
         if self.control is None:

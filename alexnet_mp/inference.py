@@ -105,10 +105,6 @@ class Ensemble:
         return Loader(store.resized(self.first.side), self.augment, batch_size, data_rank=place.data_rank, data_ranks=place.data_ranks,
                       device=place.device, raw=True)
 
-    def total(self, sums: Tensor) -> Tensor:
-        """The sums of all copies of the networks; the ranks of one copy have the same and count once."""
-        return self.placement.sum(sums) / self.placement.column_ranks
-
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
         """float64 (N, classes) of uint8 images (N, 3, side, side), on the CPU."""
@@ -138,7 +134,7 @@ def evaluate_checkpoints(request: EvaluateRequest) -> dict[str, Any]:
     started = time.perf_counter()
     bar = tqdm(loader, request.split, unit="batch", leave=False, disable=None if place.main else True)
     with place.meter.counting(EVALUATION):
-        scores = evaluate(ensemble.model, bar, device=place.device, reduce=ensemble.total,
+        scores = evaluate(ensemble.model, bar, device=place.device, reduce=place.sum_over_copies,
                           precision=lambda: autocast(place.device, ensemble.precision))
     seconds = time.perf_counter() - started
     result = {

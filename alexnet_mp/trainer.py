@@ -225,7 +225,7 @@ class Trainer:
     def _end_epoch(self, scores: Scores) -> None:
         """Validation is done: record, decide, hand over."""
         tally, self.tally = self.tally, Tally(self.device)
-        loss, correct, images = self._all_copies(tally.sums.cpu().double()).tolist()
+        loss, correct, images = self.placement.sum_over_copies(tally.sums.cpu().double()).tolist()
         record = {
             "epoch": self.epoch + 1, "step": self.step, "lr": self.lr, "train_loss": loss / images, "train_top1": correct / images,
             "val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5, "grad_norm": tally.grad_norm / tally.steps,
@@ -246,16 +246,12 @@ class Trainer:
         elif improved:
             self._best_weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
-    def _all_copies(self, sums: Tensor) -> Tensor:
-        """This rank's sums, added to the other copies'; the ranks of one copy have the same and count once."""
-        return self.placement.sum(sums) / self.placement.column_ranks
-
     def scores(self, loader: Any) -> Scores:
         """Loss, top-1 and top-5 over `loader`, of the weights that the model has now."""
         started = time.perf_counter()
         bar = tqdm(loader, "validation", unit="batch", leave=False, disable=None if self.verbose else True)
         with self.placement.meter.counting(EVALUATION):
-            scores = evaluate(self.model, bar, device=self.device, criterion=self.criterion, reduce=self._all_copies,
+            scores = evaluate(self.model, bar, device=self.device, criterion=self.criterion, reduce=self.placement.sum_over_copies,
                               precision=lambda: autocast(self.device, self.precision))
         self._validation_seconds = time.perf_counter() - started
         return scores
@@ -285,7 +281,7 @@ class Trainer:
             "epoch": self.epoch, "step": self.step, "batch": self.batch, "history": self.history, "best": self.best,
             "schedule": self.schedule.state_dict(), "loss_scale": self.loss_scale.state_dict(),
             "early_stopping": self.early_stopping.state_dict() if self.early_stopping else None,
-            "tally": self.tally.state_dict(self._all_copies),
+            "tally": self.tally.state_dict(self.placement.sum_over_copies),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

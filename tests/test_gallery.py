@@ -1,7 +1,6 @@
 """What the pictures of a finished run show, and the command that draws them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_launch import start
 
 from alexnet_mp import AlexNet, ModelConfig, preset
 from alexnet_mp.data import load
 from alexnet_mp.gallery import FinishedRun, answers, draw, nearest, spread
 from alexnet_mp.run import run
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("columns", [1, 2, 4])
@@ -73,10 +71,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    environment = {name: value for name, value in os.environ.items() if name not in names} | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
-    return subprocess.run([sys.executable, "launch/figures.py", *flags, "--threads", "1"], cwd=ROOT, env=environment, capture_output=True, text=True,
-                          timeout=120)
+    return start([sys.executable, "launch/figures.py"], *flags, "--threads", "1", PYTHONWARNINGS="error")
 
 
 def test_the_command_draws_a_finished_runs_pictures_and_says_what_is_to_be_seen(finished, tmp_path) -> None:
