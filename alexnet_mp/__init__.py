@@ -2,8 +2,10 @@
 
 from alexnet_mp.config import Config, DataConfig, ModelConfig, RecipeConfig, RunConfig
 from alexnet_mp.exchange import GroupLink, Meter
+from alexnet_mp.from_scratch import initialize_biases, initialize_weights
 from alexnet_mp.layers import LocalResponseNorm
 from alexnet_mp.model import AlexNet, LocalLink
+from alexnet_mp.networks import build_network
 from alexnet_mp.optim import SGD2012
 from alexnet_mp.presets import PRESETS, preset
 from alexnet_mp.schedule import EarlyStopping
@@ -12,5 +14,6 @@ from alexnet_mp.trainer import Trainer
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS", "SGD2012", "AlexNet", "Config", "DataConfig", "EarlyStopping", "GroupLink", "LocalLink", "LocalResponseNorm",
-    "Meter", "ModelConfig", "RecipeConfig", "RunConfig", "Trainer", "preset",
+    "Meter", "ModelConfig", "RecipeConfig", "RunConfig", "Trainer", "build_network", "initialize_biases",
+    "initialize_weights", "preset",
 ]

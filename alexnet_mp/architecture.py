@@ -1,6 +1,7 @@
 """The network's configuration, checked when it is made. Each default is the paper's, its section beside it (P 3.3).
 
-Layers are always named conv1 to conv5 and fc6 to fc8; a tuple of eight has one entry per layer in that order.
+Layers are always named conv1 to conv5 and fc6 to fc8; a tuple of eight has one entry per layer in that order. The
+four-layer net of the paper's figure 1 has conv1 to conv3 and fc8 of these.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+KERNEL_SIZES = {
+    "alexnet": {"conv1": 11, "conv2": 5, "conv3": 3, "conv4": 3, "conv5": 3},      # P, figure 2
+    "four-layers": {"conv1": 5, "conv2": 5, "conv3": 5},                           # cuda-convnet, example-layers/layers-18pct.cfg
+}
 
 
 def check(condition: bool, message: str) -> None:
@@ -26,11 +31,13 @@ def check_not_negative(part: Any, *names: str) -> None:
 class ModelConfig:
     """The network. Sizes are per column: `columns=2, kernels=(48, ...)` is the paper's 96 kernels in conv1."""
 
+    network: Literal["alexnet", "four-layers"] = "alexnet"
+    """four-layers: the small convolutional net on which the paper compares ReLU with tanh (P, figure 1); one column."""
     columns: int = 2
     """Independent halves of the network: 1 (the one-GPU net), 2 (the paper) or more."""
-    kernels: tuple[int, int, int, int, int] = (48, 128, 192, 192, 128)
+    kernels: tuple[int, ...] = (48, 128, 192, 192, 128)
     """Kernels of conv1 to conv5 in each column (P, figure 2)."""
-    hidden: tuple[int, int] = (2048, 2048)
+    hidden: tuple[int, ...] = (2048, 2048)
     """Units of fc6 and fc7 in each column (P, figure 2)."""
     classes: int = 0
     """Classes, that is logits. 0 takes the number that the data has (the paper's 1000 for a network without data)."""
@@ -77,8 +84,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self.columns >= 1, f"--columns {self.columns}: a network has one column or more")
-        check(len(self.kernels) == 5 and min(self.kernels) > 0, f"--kernels {self.kernels}: five positive numbers, conv1 to conv5")
-        check(len(self.hidden) == 2 and min(self.hidden) > 0, f"--hidden {self.hidden}: two positive numbers, fc6 and fc7")
+        small = self.network == "four-layers"
+        check(not small or self.columns == 1, f"--columns {self.columns}: --network four-layers has one column")
+        convolutions, units = list(self.kernel_sizes), [name for name in self.layers if name in ("fc6", "fc7")]
+        check(len(self.kernels) == len(convolutions) and min(self.kernels) > 0,
+              f"--kernels {self.kernels}: {len(convolutions)} positive numbers, {convolutions[0]} to {convolutions[-1]}")
+        check(len(self.hidden) == len(units) and min(self.hidden, default=1) > 0,
+              f"--hidden {self.hidden}: " + ("none, --network four-layers has no hidden units" if small else "two positive numbers, fc6 and fc7"))
+        check(len(self.conv1_padding) == 4, f"--conv1-padding {self.conv1_padding}: four numbers, left right top bottom")
         check_not_negative(self, "classes")
         check(min(self.conv1_padding) >= 0, f"--conv1-padding {self.conv1_padding}: left right top bottom, none negative")
         unknown = [name for name in self.crossings if name not in LAYERS[1:]]
@@ -93,22 +106,38 @@ class ModelConfig:
         unknown = [name for name in self.dropout_after if name not in ("conv5", "fc6", "fc7")]
         check(not unknown, f"--dropout-after {' '.join(unknown)}: not one of conv5 fc6 fc7")
         for flag, values in (("weights", self.initial_weights), ("biases", self.initial_biases)):
-            check(len(values) == 8, f"--initial-{flag}: needs 8 values, conv1 to fc8, got {len(values)}")
+            check(len(values) == len(self.layers), f"--initial-{flag}: needs {len(self.layers)} values, one for each of {' '.join(self.layers)}, "
+                                                   f"got {len(values)}")
         check(all(w in ("he", "torch") or 0 <= w < math.inf for w in self.initial_weights), f"--initial-weights {self.initial_weights}: negative")
+        for flag, value in (("map-norm", self.map_norm), ("adaptive-pool", self.adaptive_pool), ("dropout-rate", self.dropout_rate)):
+            check(not small or not value, f"--{flag} {value}: --network four-layers has no such thing; --preset four-layers sets it so")
         smallest = self.smallest_image()
         check(self.image_size >= smallest, f"--image-size {self.image_size}: too small for this network, nothing is left of the image "
                                             f"after the last pool; the smallest that works is {smallest}")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers with weights, in order."""
+        return LAYERS if self.network == "alexnet" else ("conv1", "conv2", "conv3", "fc8")
+
+    @property
+    def kernel_sizes(self) -> dict[str, int]:
+        """The side of the convolutions' kernels."""
+        return KERNEL_SIZES[self.network]
 
     def crosses(self, layer: str) -> bool:
         """Whether `layer` reads other columns too (never, where there is one column)."""
         return self.columns > 1 and layer in self.crossings
 
     def map_sizes(self, image_size: int | None = None) -> dict[str, tuple[int, int]]:
-        """(height, width) of the maps after each convolution and pool at `image_size` (default: the configured one).
+        """(height, width) of the maps after each convolution and pool, and of what the first fully connected layer reads.
 
-        Sizes are rounded down, as torch does; at 227, 163, 131, 99 and 67 (without padding) no row is left over.
+        `image_size` defaults to the configured one. Sizes are rounded down, as torch does; at 227, 163, 131, 99 and 67 (without
+        padding) no row is left over. The four-layer net rounds them up, as its source does.
         """
         size = self.image_size if image_size is None else image_size
+        if self.network == "four-layers":
+            return self._map_sizes_of_four_layers(size)
         left, right, top, bottom = self.conv1_padding
 
         def pool(n: int) -> int:
@@ -122,9 +151,17 @@ class ModelConfig:
         return {"conv1": conv1, "pool1": pool1, "conv2": pool1, "pool2": pool2, "conv3": pool2,
                 "conv4": pool2, "conv5": pool2, "pool5": pool5, "fc6": last}
 
+    def _map_sizes_of_four_layers(self, size: int) -> dict[str, tuple[int, int]]:
+        sizes = {}
+        for layer in self.kernel_sizes:                # 5x5, padding 2: the size stays
+            sizes[layer] = (size, size)
+            size = max((size - self.pool_size + self.pool_stride - 1) // self.pool_stride + 1, 0)
+            sizes[f"pool{layer[-1]}"] = (size, size)
+        return sizes | {"fc8": (size, size)}
+
     def smallest_image(self) -> int:
         """The smallest image side that leaves at least one value after the last pool."""
-        size = 1
-        while min(self.map_sizes(size)["pool5"]) < 1:
+        size, last = 1, f"pool{len(self.kernels)}"
+        while min(self.map_sizes(size)[last]) < 1:
             size += 1
         return size

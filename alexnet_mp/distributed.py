@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alexnet_mp.config import Config, ModelConfig
 from alexnet_mp.exchange import GroupLink, Meter
 from alexnet_mp.model import AlexNet
+from alexnet_mp.networks import build_network
 from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, rendezvous, set_threads
 
 
@@ -69,7 +70,7 @@ class Placement:
     def build_model(self, config: ModelConfig, seed: int) -> AlexNet:
         """This rank's columns of the network, linked to the others', on this rank's device."""
         link = GroupLink(self.mesh["column"].get_group(), self.meter) if self.column_ranks > 1 else None
-        return AlexNet(config, self.columns, link, seed).to(self.device)
+        return build_network(config, self.columns, link, seed).to(self.device)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """`model` with its gradients averaged over the data group; itself where there is one copy only."""

@@ -19,6 +19,7 @@ from alexnet_mp.config import Config
 from alexnet_mp.data import Augment, Loader, Splits, Statistics, Store, load, needs_statistics
 from alexnet_mp.figures import ACCURACIES, NAMES, compare_curves, draw_curves, epochs_to, errors_or_values
 from alexnet_mp.model import AlexNet
+from alexnet_mp.networks import build_network
 from alexnet_mp.pictures import WHITE_NOISE, colour_selectivity, draw_kernels, draw_neighbours, draw_predictions, draw_samples
 from alexnet_mp.seeds import combine
 
@@ -51,7 +52,7 @@ class FinishedRun:
         content = checkpoint.read(weights)
         self.classes, statistics = list(content["data"]["classes"]), content["data"].get("statistics")
         self.statistics = Statistics(**statistics) if statistics else None     # of the training images; None also in old checkpoints
-        self.model = AlexNet(self.config.model)
+        self.model = build_network(self.config.model)
         checkpoint.load_model(content, self.model, weights)
         self.model.to(self.device).eval()
         self._splits: Splits | None = None

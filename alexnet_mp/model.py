@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_mp.config import LAYERS, ModelConfig
+from alexnet_mp.config import ModelConfig
 from alexnet_mp.crossing import Crossing, CrossingConv2d, CrossingLinear
 from alexnet_mp.layers import Dropout, LocalResponseNorm, MapNorm, dropout_keys, overlapping_max_pool
 from alexnet_mp.seeds import combine
@@ -90,6 +90,8 @@ class AlexNet(nn.Module):
     Raises ValueError where the columns are not the configuration's.
     """
 
+    column_kind: type[nn.Module] = Column
+
     def __init__(self, config: ModelConfig | None = None, columns: Sequence[int] | None = None, link: Link | None = None, seed: int = 0) -> None:
         super().__init__()
         self.config = config = config or ModelConfig()
@@ -99,7 +101,7 @@ class AlexNet(nn.Module):
         if link is None and len(columns) < config.columns:
             raise ValueError(f"columns {columns}: only {len(columns)} of {config.columns}, so a link to the others is needed")
         self.link = link or LocalLink()
-        self.columns = nn.ModuleDict({str(i): Column(config, i) for i in columns})
+        self.columns = nn.ModuleDict({str(i): self.column_kind(config, i) for i in columns})
         self.lrn = LocalResponseNorm(config.lrn_size, config.lrn_k, config.lrn_alpha, config.lrn_beta) if config.lrn else nn.Identity()
         self.map_norm = MapNorm(alpha=config.map_norm_alpha) if config.map_norm else nn.Identity()
         self.activation = {"relu": F.relu_, "tanh": torch.tanh_}[config.activation]
@@ -212,7 +214,7 @@ def initialise(model: AlexNet, seed: int) -> None:
     for column in model.columns.values():
         generator = torch.Generator().manual_seed(combine(seed, "column", column.index))
         values = {}
-        for name, weight_rule, bias_rule in zip(LAYERS, config.initial_weights, config.initial_biases, strict=True):
+        for name, weight_rule, bias_rule in zip(config.layers, config.initial_weights, config.initial_biases, strict=True):
             layer = getattr(column, name)
             weight = torch.empty(layer.state_dict()["weight"].shape)
             fan_in = weight[0].numel() * (config.columns if name == "fc8" else 1)

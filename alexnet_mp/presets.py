@@ -86,9 +86,21 @@ def demo() -> Config:
     )
 
 
+def four_layers() -> Config:
+    """The four-layer CIFAR-10 net of figure 1, "no regularization of any kind": 18pct = cuda-convnet, example-layers/layers-18pct.cfg and
+    layer-params-18pct.cfg, without that file's weight decay and normalisation."""
+    return Config(
+        "four-layers",
+        ModelConfig(network="four-layers", columns=1, kernels=(32, 32, 64), hidden=(), crossings=("fc8",), image_size=32,      # 18pct
+                    lrn=False, dropout_rate=0.0, initial_weights=(1e-4, 0.01, 0.01, 0.01), initial_biases=(0.0,) * 4),
+        DataConfig(data="cifar10", stored_side=32, crop_of=32, random_crop=False, flip=False, mean="image-centre"),
+        RecipeConfig(epochs=40, lr=0.001, bias_lr=0.002, momentum=0.9, weight_decay=0.0, schedule="constant"),        # 18pct; P, figure 1
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo, "paper": paper, "original": original, "original-half": original_half,
-    "original-isolated": original_isolated, "tutorial": tutorial,
+    "original-isolated": original_isolated, "tutorial": tutorial, "four-layers": four_layers,
 }
 
 

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from alexnet_mp.config import LAYERS, ModelConfig
+from alexnet_mp.config import ModelConfig
 
 EPOCH_HEAD = "epoch    step        lr   train loss  train top-1   val loss  val top-1  val top-5  grad norm  images/s  seconds"
-KERNEL_SIZES = {"conv1": 11, "conv2": 5, "conv3": 3, "conv4": 3, "conv5": 3}
 
 
 def layer_table(config: ModelConfig) -> list[dict]:
     """One dictionary per layer and column: layer, column, kernels, output (shape), parameters, multiply_adds, reads."""
-    sizes, rows = config.map_sizes(), []
+    sizes, windows, rows = config.map_sizes(), config.kernel_sizes, []
     classes = config.classes or 1000
     outputs = (*config.kernels, *config.hidden, classes)
     for column in range(config.columns):
         own = 3
-        for name, out in zip(LAYERS, outputs, strict=True):
-            if name == "fc6":
-                own *= sizes["fc6"][0] * sizes["fc6"][1]
+        for name, out in zip(config.layers, outputs, strict=True):
+            if name not in windows and name in sizes:            # the first fully connected layer
+                own *= sizes[name][0] * sizes[name][1]
             # fc8 is split by its inputs: each column has its own share of the sum
             inputs = own * (config.columns if config.crosses(name) and name != "fc8" else 1)
-            size = KERNEL_SIZES.get(name, 1)
+            size = windows.get(name, 1)
             weights = out * inputs * size * size
-            positions = sizes[name][0] * sizes[name][1] if name in KERNEL_SIZES else 1
+            positions = sizes[name][0] * sizes[name][1] if name in windows else 1
             bias = 0 if name == "fc8" and column else out
             rows.append({
-                "layer": name, "column": column, "kernels": f"{out}, {size}x{size}" if name in KERNEL_SIZES else str(out),
-                "output": (out, *sizes[name]) if name in KERNEL_SIZES else (out,), "parameters": weights + bias,
+                "layer": name, "column": column, "kernels": f"{out}, {size}x{size}" if name in windows else str(out),
+                "output": (out, *sizes[name]) if name in windows else (out,), "parameters": weights + bias,
                 "multiply_adds": weights * positions,
                 "reads": "the image" if name == "conv1" else "all columns" if config.crosses(name) else "its own column",
             })
             own = out
-    return sorted(rows, key=lambda row: LAYERS.index(row["layer"]))
+    return sorted(rows, key=lambda row: config.layers.index(row["layer"]))
 
 
 def summary(config: ModelConfig) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from alexnet_mp.config import LAYERS, ModelConfig
 from alexnet_mp.layers import overlapping_max_pool
 from alexnet_mp.model import AlexNet, LocalLink
+from alexnet_mp.networks import build_network
 from alexnet_mp.presets import PRESETS, preset
 from alexnet_mp.summary import layer_table, summary
 
@@ -119,12 +120,12 @@ def test_a_part_of_the_columns_needs_a_link_to_the_others() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_prints_and_runs_at_its_own_image_size(name: str) -> None:
     config = preset(name).model
-    model = papers_net() if name == "paper" else AlexNet(config)
+    model = papers_net() if name == "paper" else build_network(config)
     model.eval()
     with torch.no_grad():
         assert model(images(1, config.image_size)).shape == (1, 1000)
     assert parameters(model) == sum(row["parameters"] for row in layer_table(config))
-    assert all(layer in str(model) for layer in LAYERS)
+    assert all(layer in str(model) for layer in config.layers)
     model.train()
 
 

@@ -6,6 +6,7 @@ from alexnet_mp import preset
 
 # name: (paper, original, tutorial); sources: P = paper.md, O = original-2012.md with its section, T = tutorial.md
 TABLE = {
+    "network": ("alexnet", "alexnet", "alexnet"),
     "columns": (2, 2, 1),                                                             # P network; T one tower
     "kernels": ((48, 128, 192, 192, 128), (48, 128, 192, 192, 128), (64, 192, 384, 256, 256)),
     "hidden": ((2048, 2048), (2048, 2048), (4096, 4096)),
@@ -94,3 +95,15 @@ def test_the_isolated_net_talks_at_fc8_only_and_is_wider_in_exchange() -> None:
 def test_the_demo_has_the_papers_kernels_hidden_units_and_crossings() -> None:
     same = ("columns", "kernels", "hidden", "crossings", "lrn", "lrn_alpha", "dropout", "dropout_rate", "optimizer", "momentum", "weight_decay")
     assert {name: fields("demo")[name] for name in same} == {name: fields("paper")[name] for name in same}
+
+
+def test_the_four_layer_net_is_cuda_convnets_without_its_normalisation_and_decay() -> None:
+    # example-layers/layers-18pct.cfg and layer-params-18pct.cfg; P, figure 1: no regularisation of any kind
+    fields_there = fields("four-layers")
+    expected = {
+        "network": "four-layers", "columns": 1, "kernels": (32, 32, 64), "hidden": (), "image_size": 32, "activation": "relu", "lrn": False,
+        "pool_size": 3, "pool_stride": 2, "initial_weights": (1e-4, 0.01, 0.01, 0.01), "initial_biases": (0, 0, 0, 0), "dropout_rate": 0,
+        "data": "cifar10", "random_crop": False, "flip": False, "colour_noise": 0, "mean": "image-centre", "batch_size": 128,
+        "optimizer": "2012", "lr": 0.001, "bias_lr": 0.002, "momentum": 0.9, "weight_decay": 0, "schedule": "constant",
+    }
+    assert {name: fields_there[name] for name in expected} == expected
