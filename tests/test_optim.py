@@ -38,6 +38,16 @@ def test_a_step_is_the_papers_update_across_a_drop_of_the_rate() -> None:
     assert ours == pytest.approx(scalar_steps(1.5, GRADIENTS, DROP), rel=1e-13)      # rounding only
 
 
+def test_it_keeps_to_the_papers_update_where_a_run_resumes_in_the_steps_after_a_drop() -> None:
+    first, second = (nn.Parameter(torch.tensor([1.5], dtype=torch.float64)) for _ in range(2))
+    before, after = SGD2012([first]), SGD2012([second])
+    ours = steps(before, first, GRADIENTS[:5], DROP[:5])
+    second.data.copy_(first.data)
+    set_velocity(after, second, velocity_of(before, first))
+    ours += steps(after, second, GRADIENTS[5:], DROP[5:])
+    assert ours == pytest.approx(scalar_steps(1.5, GRADIENTS, DROP), rel=1e-12)
+
+
 def test_at_a_constant_rate_it_equals_torchs_sgd_and_after_a_drop_it_does_not() -> None:
     ours, theirs = (nn.Parameter(torch.tensor([1.5], dtype=torch.float64)) for _ in range(2))
     a = steps(SGD2012([ours]), ours, GRADIENTS, DROP)
