@@ -210,7 +210,7 @@ def measured(claim: Claim, request: ClaimsRequest) -> dict[str, Any]:
         ratios = [without / having for having, without in fastest if having and without]
         return row | {"with": [f[0] for f in fastest], "without": [f[1] for f in fastest], "differences": ratios, "unit": "times the epochs"}
     scores = [(having[0].errors(ten_views=claim.measure == VIEWS), (without or having)[0].errors()) for having, without in pairs]
-    return row | {"with": [s[0] for s in scores], "without": [s[1] for s in scores], "unit": "points",
+    return row | {"with": [having[0] for having, _ in scores], "without": [without[0] for _, without in scores], "unit": "points",
                   "differences": [100 * (having[0] - without[0]) for having, without in scores],
                   "differences_top5": [100 * (having[1] - without[1]) for having, without in scores]}
 

@@ -169,7 +169,7 @@ def draw(rows: list[dict[str, Any]], classes: int, path: str) -> None:
             style = {"linestyle": ("-", "--", "-.", ":")[number % 4], "linewidth": 1.3 if " " in one["label"] else 2}
             axes.plot(steps, smooth, label=one["label"], **style)
         axes.axhline(math.log(classes), color="grey", linewidth=0.8)
-        axes.text(1, math.log(classes), f" ln {classes}", va="bottom", fontsize=8, color="grey")
+        axes.text(0.01, math.log(classes), f"ln {classes}", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="grey")
         axes.set(xlabel="step", ylabel=f"training loss, mean of {WINDOW} steps")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -94,3 +94,11 @@ def test_conv1_learns_until_the_2012_schedule_freezes_it(name: str, ranks: int, 
     moved = {key: (not torch.equal(before[key], at_freeze[key]), not torch.equal(at_freeze[key], after[key])) for key in before}
     assert all(moved[key] == (True, False) for key in moved if ".conv1." in key), moved
     assert all(moved[key] == (True, True) for key in moved if ".conv1." not in key), moved
+
+
+def test_no_gradient_is_computed_for_a_frozen_conv1(images, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(images / "cache"))
+    trainers = []
+    run(small("original", images, tmp_path / "run"), trainers.append)
+    gradients = {name: parameter.grad for name, parameter in trainers[0].model.named_parameters()}
+    assert {name for name, gradient in gradients.items() if gradient is None} == {name for name in gradients if ".conv1." in name}
