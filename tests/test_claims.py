@@ -114,7 +114,7 @@ def test_readings_are_trained_drawn_and_their_losses_written(tiny, tmp_path, mon
     assert content["classes"] == 2 and [len(row["losses"]) for row in content["rows"]] == [4, 4]
     assert (tmp_path / "a.png").stat().st_size > 5_000
     splits = readings.generated(20, 73, seed=0, per_class=3)
-    assert (len(splits.train), len(splits.train.classes), splits.train.sides) == (60, 20, [73])
+    assert (len(splits.train), len(splits.train.classes), splits.train.sides) == (60, 20, (73,))
 
 
 def test_a_wrong_claim_or_number_is_named(monkeypatch) -> None:
