@@ -22,6 +22,10 @@ class DataConfig:
     """shapes (generated, no download), cifar10, fashion-mnist, folder (DIR/train/CLASS/*), store (packed)."""
     data_dir: str = "data"
     """Where the set is, or is to be put."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """folder: at files that cannot be read, stop and name them, or leave them out and list them."""
+    shuffle: Literal["full", "blocks"] = "full"
+    """Order of an epoch. full: any; blocks: near each other in the store within 8,192, for spinning disks and network storage."""
     limit_train: int = 0
     """Use the first N training images, after the seeded shuffle; 0: all."""
     limit_val: int = 0

@@ -6,10 +6,11 @@ import torch
 
 from alexnet_mp.config import Config
 from alexnet_mp.data.augment import Augment, Draw, needs_statistics
-from alexnet_mp.data.folder import try_read
+from alexnet_mp.data.images import try_read
 from alexnet_mp.data.loader import Batch, Loader
 from alexnet_mp.data.sources import Splits, load
-from alexnet_mp.data.store import Statistics, Store, resize
+from alexnet_mp.data.statistics import Statistics
+from alexnet_mp.data.store import Store, resize
 
 __all__ = ["Augment", "Batch", "Draw", "Loader", "Splits", "Statistics", "Store", "build_loaders", "load", "needs_statistics", "resize", "try_read"]
 

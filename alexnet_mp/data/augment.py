@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data.store import Statistics, resize
+from alexnet_mp.data.statistics import Statistics
+from alexnet_mp.data.store import resize
 from alexnet_mp.seeds import combine
 
 
