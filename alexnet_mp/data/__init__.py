@@ -29,6 +29,7 @@ def build_loaders(config: Config, splits: Splits, *, data_rank: int = 0, data_ra
     statistics = splits.train.statistics(side) if needs_statistics(config.data) else None
     augment = Augment(config.data, size, statistics, device)
     train, val, test = (
-        Loader(store.resized(side), augment, config.recipe.batch_size, config.run.seed, training, data_rank, data_ranks, device)
+        Loader(store.resized(side), augment, config.recipe.batch_size, config.run.seed, training, data_rank, data_ranks, device,
+               workers=config.run.workers)
         for store, training in ((splits.train, True), (splits.val, False), (splits.test, False)))
     return train, val, test, augment
