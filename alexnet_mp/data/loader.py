@@ -121,10 +121,9 @@ class Loader:
         mine = indices[first:last]
         labels = torch.from_numpy(self.store.labels[mine])
         on_gpu = self.device.type == "cuda"
-        if self.device.type == "cpu" and not self.raw and self.store.sides == (augment.side,):
-            draw = draw or augment.centre(len(mine))
-            images = augment.on_cpu(lambda row: self.store.image(mine[row]), draw, self.buffers.take(len(mine), (3, augment.size, augment.size)), run)
-            return images, labels, DONE, first, rows
+        if self.device.type == "cpu" and not self.raw and augment.side in self.store.sides:
+            draw, target = draw or augment.centre(len(mine)), self.buffers.take(len(mine), (3, augment.size, augment.size))
+            return augment.on_cpu(lambda row: self.store.image(mine[row], augment.side), draw, target, run), labels, DONE, first, rows
         images = self.store.gather(mine, augment.side if len(self.store.sides) > 1 else None, pinned=on_gpu, run=run)
         return images, labels.pin_memory() if on_gpu else labels, draw, first, rows
 

@@ -120,25 +120,25 @@ def decoded(listing: Listing, shards: dict[int, range], packing: Packing, with_s
              bar: tqdm) -> Iterator[tuple[int, list[Content | str], Sums | None]]:
     """Each of `shards`, decoded: images, or what is wrong with them, in order. Threads work a shard ahead."""
     workers = packing.workers or cores()
+    sums = {number: Sums() if with_sums else None for number in shards}
 
-    def work(rows: range) -> tuple[list[Content | str], Sums | None]:
-        images, sums = [try_read(listing.files[row]) for row in rows], Sums() if with_sums else None
-        return [image if isinstance(image, str) else _stored(image, packing.encode, sums) for image in images], sums
+    def work(number: int, rows: range) -> list[Content | str]:
+        images = [try_read(listing.files[row]) for row in rows]
+        return [image if isinstance(image, str) else _stored(image, packing.encode, sums[number]) for image in images]
 
-    chunks = (range(start, min(start + CHUNK, rows.stop)) for rows in shards.values() for start in range(rows.start, rows.stop, CHUNK))
+    chunks = ((number, range(start, min(start + CHUNK, rows.stop)))
+              for number, rows in shards.items() for start in range(rows.start, rows.stop, CHUNK))
     with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future] = deque(pool.submit(work, rows) for rows in islice(chunks, max(files.SHARD // CHUNK, 2 * workers)))
+        ahead: deque[Future] = deque(pool.submit(work, *chunk) for chunk in islice(chunks, max(files.SHARD // CHUNK, 2 * workers)))
         try:
             for number, rows in shards.items():
-                images, total = [], Sums() if with_sums else None
+                images: list[Content | str] = []
                 while len(images) < len(rows):
-                    some, sums = ahead.popleft().result()
-                    ahead.extend(pool.submit(work, more) for more in islice(chunks, 1))
+                    some = ahead.popleft().result()
+                    ahead.extend(pool.submit(work, *chunk) for chunk in islice(chunks, 1))
                     images += some
-                    if sums is not None:
-                        total.merge(sums)
                     bar.update(len(some))
-                yield number, images, total
+                yield number, images, sums.pop(number)
         finally:
             for future in ahead:
                 future.cancel()

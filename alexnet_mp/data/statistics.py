@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,23 +28,28 @@ class Statistics:
 
 
 class Sums:
-    """Exact sums over images of each side: how many, the images (3, side, side), and the products of colours (3, 3)."""
+    """Exact sums over images of each side: how many, the images (3, side, side), and the products of colours (3, 3).
+
+    Threads may add to the same one: sums of whole numbers are the same in any order.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.counts: dict[int, int] = {}
         self.images: dict[int, np.ndarray] = {}         # uint32, int64 once merged
         self.products: dict[int, np.ndarray] = {}       # float64 holding whole numbers, exact below 2**53: a million million images
 
     def add(self, image: np.ndarray) -> None:
         """One image, uint8 (3, side, side)."""
-        side = image.shape[-1]
-        if side not in self.counts:
-            self._start(side, np.uint32)
-        if self.counts[side] == 2**24:                  # 2**24 * 255 just fits into 32 bits
-            self.images[side] = self.images[side].astype(np.int64)
-        self.counts[side] += 1
-        np.add(self.images[side], image, out=self.images[side])
-        self.products[side] += _products(image)
+        side, products = image.shape[-1], _products(image)
+        with self.lock:
+            if side not in self.counts:
+                self._start(side, np.uint32)
+            if self.counts[side] == 2**24:              # 2**24 * 255 just fits into 32 bits
+                self.images[side] = self.images[side].astype(np.int64)
+            self.counts[side] += 1
+            np.add(self.images[side], image, out=self.images[side])
+            self.products[side] += products
 
     def _start(self, side: int, kind: type) -> None:
         self.counts[side], self.images[side], self.products[side] = 0, np.zeros((3, side, side), kind), np.zeros((3, 3))
@@ -81,7 +87,7 @@ class Sums:
         counts = np.array([self.counts[side] for side in sides], np.int64)
         np.savez(content, sides=np.array(sides, np.int64), counts=counts,
                  **{f"products{side}": self.products[side] for side in sides},
-                 **{f"images{side}": self.images[side].astype(np.int64) for side in sides})
+                 **{f"images{side}": self.images[side] for side in sides})
         return content.getvalue()
 
     @staticmethod
@@ -105,12 +111,13 @@ def sums_of(images: Iterable[np.ndarray]) -> Sums:
 def _products(image: np.ndarray) -> np.ndarray:
     """float64 (3, 3), whole numbers: for each two colours the sum of their products over the pixels."""
     pixels = image.shape[1] * image.shape[2]
-    centred = np.zeros((3, -(-pixels // EXACT) * EXACT), np.float32)
-    np.subtract(image.reshape(3, -1), 128, out=centred[:, :pixels], dtype=np.float32)
+    centred = np.empty((3, -(-pixels // EXACT) * EXACT), np.float32)
+    centred[:, pixels:] = 0
+    np.subtract(image.reshape(3, -1), np.float32(128), out=centred[:, :pixels], dtype=np.float32)
     parts, products = centred.reshape(3, -1, EXACT), np.empty((3, 3))
     for i in range(3):
         for j in range(i, 3):
             products[i, j] = products[j, i] = np.einsum("ij,ij->i", parts[i], parts[j]).sum(dtype=np.float64)
-    total = image.reshape(3, -1).sum(1, dtype=np.float64)
-    # (a - 128)(b - 128) = ab - 128 (a + b) + 128**2
-    return products + 128 * (total[:, None] + total) - 128.0**2 * pixels
+    total = np.einsum("kij->ki", parts).sum(1, dtype=np.float64)
+    # ab = (a - 128)(b - 128) + 128 (a - 128) + 128 (b - 128) + 128**2
+    return products + 128 * (total[:, None] + total) + 128.0**2 * pixels

@@ -78,10 +78,11 @@ class Store:
         starts = np.cumsum([0, *map(len, self.shelves)])
         return [found[number] for number in (starts[self.places[:, 0]] + self.places[:, 1]).tolist()]
 
-    def image(self, index: int) -> np.ndarray:
-        """The image's own pixels, uint8 (3, s, s); of memory or a file a view, which must not be written to."""
+    def image(self, index: int, side: int | None = None) -> np.ndarray:
+        """uint8 (3, side, side); None: at its own side. It may be a view of memory or a file, which must not be written to."""
         shelf, row = self.places[index]
-        return self.shelves[shelf][row]
+        image = self.shelves[shelf][row]
+        return image if side in (None, image.shape[-1]) else resize(torch.from_numpy(image.copy())[None], side)[0].numpy()
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> Store:
         """A view of the images at `indices`, in that order."""
