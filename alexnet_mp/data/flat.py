@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def _rows(file: Path) -> list[list[str]]:
         raise ValueError(f"{file}: not a text file in UTF-8") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-    if lines and all("," in line for line in lines if line.strip()):
+    # `n01440764 tench, Tinca tinca` is no such line: its comma stands among words.
+    if lines and all("," in line and not re.search(r"\s", line.split(",")[0].strip()) for line in lines if line.strip()):
         return [[cells[0].strip(), *cells[1].split()] for cells in csv.reader(lines) if len(cells) > 1]
     return [line.split() for line in lines]
 

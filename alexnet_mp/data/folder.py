@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjpg", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".gif", ".tif",
-              ".tiff", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga", ".pcx", ".heic", ".heif"}
+              ".tiff", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".heic", ".heif"}
 SPLITS = ("train", "val", "test")
-DEPTH = 32
-"""Folders within folders, below a class."""
+DEPTH = 64
+"""Folders within each other, from the root on."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ def list_split(folder: Path, classes: tuple[str, ...] | None = None, flag: str =
     ValueError naming the folder: no class folders, a class without images, or other classes than `classes`.
     """
     entries = _entries(folder)
-    folders = {text(entry.name): entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)}
+    folders = {text(entry.name): entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry)}
     names = tuple(sorted(folders))
     if not names:
         loose = sum(is_image(entry.name) for entry in entries)
@@ -110,7 +110,7 @@ def _take(entry: os.DirEntry[str], listing: Listing, label: int | None) -> None:
     """Adds a file to the listing, or to what was ignored."""
     if is_hidden(entry.name):
         listing.ignored.hidden += 1
-    elif not entry.is_file():           # opening a pipe would wait for ever
+    elif not _is_file(entry):           # opening a pipe would wait for ever
         listing.ignored.special += 1
     elif label is None or not is_image(entry.name):
         listing.ignored.other[os.path.splitext(entry.name)[1].lower()] += 1
@@ -154,17 +154,30 @@ def is_image(name: str) -> bool:
 
 def _below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[os.DirEntry[str]]:
     """The files in `folder` and below, in the order of their names; as one: a hidden folder, a link to a folder that it is in."""
-    status = os.stat(folder)
-    above = (*above, (status.st_dev, status.st_ino))
+    # A link to the split's own folder would bring images of other classes.
+    folders = [folder] if above else [*folder.resolve().parents, folder]
+    above = (*above, *((status.st_dev, status.st_ino) for status in map(os.stat, folders)))
     for entry in _entries(folder):
-        if not is_hidden(entry.name) and entry.is_dir() and not _is_above(entry, above):
-            if len(above) == DEPTH:
+        if not is_hidden(entry.name) and _is_folder(entry) and not _is_above(entry, above):
+            if len(above) > DEPTH:
                 raise ValueError(f"{entry.path}: more than {DEPTH} folders within each other")
             yield from _below(Path(entry.path), above)
         else:
             yield entry
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):          # a link to itself
+        return entry.is_dir()
+    return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):
+        return entry.is_file()
+    return False
+
+
 def _is_above(entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> bool:
     status = entry.stat()
-    return stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) in above
+    return (status.st_dev, status.st_ino) in above

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from alexnet_mp.data.store import resize
 SIDE = 256
 LARGE = 2**24
 """Pixels of an image that is decoded while no other large one is: a thread for each would need gigabytes."""
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "HEIF")
+"""What is tried. Pillow knows more, some without a mark of their own, one that starts another program on the file (EPS)."""
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 """What EXIF's orientation asks a reader to do."""
@@ -56,18 +59,24 @@ def read_image(file: str | Path, side: int = SIDE) -> np.ndarray:
     others of Pillow's for what is no image.
     """
     content = Path(file).read_bytes()
-    with Image.open(io.BytesIO(content)) as opened:
-        orientation = 1
-        with contextlib.suppress(Exception):     # damaged metadata does not spoil the pixels
-            orientation = opened.getexif().get(0x0112, 1)
+    with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         width, height = opened.size
         with _one_large if width * height > LARGE else contextlib.nullcontext():
             square = _centre_square(_pixels(opened, content, side))
+        orientation = 1
+        with contextlib.suppress(Exception):     # damaged metadata does not spoil the pixels
+            orientation = opened.getexif().get(0x0112, 1)       # after the pixels: a TIFF is turned, and this set to 1, as it is decoded
     image = resize(square, min(side, square.shape[-1]))[0].numpy()
     if orientation in TURNS:
         turned = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).transpose(TURNS[orientation])
         image = np.asarray(turned).transpose(2, 0, 1)
     return np.ascontiguousarray(image)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _pixels(opened: Image.Image, content: bytes, side: int) -> Tensor:
