@@ -123,8 +123,8 @@ def decoded(listing: Listing, shards: dict[int, range], packing: Packing, with_s
     sums = {number: Sums() if with_sums else None for number in shards}
 
     def work(number: int, rows: range) -> list[Content | str]:
-        images = [try_read(listing.files[row]) for row in rows]
-        return [image if isinstance(image, str) else _stored(image, packing.encode, sums[number]) for image in images]
+        # One image after another: it is summed while it is still in the processor's cache.
+        return [_stored(try_read(listing.files[row]), packing.encode, sums[number]) for row in rows]
 
     chunks = ((number, range(start, min(start + CHUNK, rows.stop)))
               for number, rows in shards.items() for start in range(rows.start, rows.stop, CHUNK))
@@ -144,7 +144,9 @@ def decoded(listing: Listing, shards: dict[int, range], packing: Packing, with_s
                 future.cancel()
 
 
-def _stored(image: np.ndarray, encode: str, sums: Sums | None) -> Content:
+def _stored(image: np.ndarray | str, encode: str, sums: Sums | None) -> Content | str:
+    if isinstance(image, str):
+        return image
     content = Content(image.shape[-1], image)
     if encode == "jpeg":
         data = jpeg.encode(image)

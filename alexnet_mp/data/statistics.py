@@ -111,7 +111,7 @@ def sums_of(images: Iterable[np.ndarray]) -> Sums:
 def _products(image: np.ndarray) -> np.ndarray:
     """float64 (3, 3), whole numbers: for each two colours the sum of their products over the pixels."""
     pixels = image.shape[1] * image.shape[2]
-    centred = np.empty((3, -(-pixels // EXACT) * EXACT), np.float32)
+    centred = _scratch(3, -(-pixels // EXACT) * EXACT)
     centred[:, pixels:] = 0
     np.subtract(image.reshape(3, -1), np.float32(128), out=centred[:, :pixels], dtype=np.float32)
     parts, products = centred.reshape(3, -1, EXACT), np.empty((3, 3))
@@ -121,3 +121,13 @@ def _products(image: np.ndarray) -> np.ndarray:
     total = np.einsum("kij->ki", parts).sum(1, dtype=np.float64)
     # ab = (a - 128)(b - 128) + 128 (a - 128) + 128 (b - 128) + 128**2
     return products + 128 * (total[:, None] + total) + 128.0**2 * pixels
+
+
+_kept = threading.local()
+
+
+def _scratch(*shape: int) -> np.ndarray:
+    """float32, its values arbitrary, the thread's own until it asks again: new memory for each image would take longer than the sums."""
+    if getattr(_kept, "array", np.empty(0)).shape != shape:
+        _kept.array = np.empty(shape, np.float32)
+    return _kept.array
