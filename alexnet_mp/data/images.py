@@ -43,8 +43,6 @@ def _reason(file: Path, error: Exception) -> str:
             start = opened.read(64).lstrip().lower()
             if not start:
                 words = "an empty file"
-            elif start.startswith((b"<!doctype", b"<html", b"<?xml")):
-                words = "not an image but a web page or other markup"
             elif start.startswith(b"version https://git-lfs"):
                 words = "not an image but a Git LFS pointer; fetch the files with `git lfs pull`"
     elif isinstance(error, Image.DecompressionBombError):
