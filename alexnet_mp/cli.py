@@ -16,7 +16,7 @@ import tyro
 from alexnet_mp.checkpoint import read
 from alexnet_mp.config import Config
 from alexnet_mp.presets import preset
-from alexnet_mp.requests import EvaluateRequest, PredictRequest
+from alexnet_mp.requests import EvaluateRequest, PackRequest, PredictRequest
 
 LAST = "last"        # what `--resume` without a file stands for
 FREE_ON_RESUME = {"epochs", "max_steps", "patience", "delta", "data_dir"}    # besides everything of the machine and placement
@@ -34,6 +34,10 @@ averaged as one network."""
 
 PREDICT = """Names what is on images: `python launch/predict.py --checkpoint RUN/best.pt cat.jpg dog.png` shows the most
 probable classes of each. Files that cannot be read are named, the others are shown, and the exit code is then 2."""
+
+PACK = """Packs an image folder for fast training: `python launch/pack.py SOURCE STORE`, then `launch/train.py --data store --data-dir
+STORE`. Shorter side 256, centre 256x256, upright, RGB; images that are smaller keep their size. An interrupted command is repeated: it
+goes on where it was, and the store is the same to the byte."""
 
 
 class UsageError(ValueError):
@@ -68,6 +72,11 @@ def parse_predict(argv: Sequence[str]) -> PredictRequest:
     return parse_request(PredictRequest, list(argv), PREDICT)
 
 
+def parse_pack(argv: Sequence[str]) -> PackRequest:
+    """What `argv` asks of pack.py. Raises as `parse_train`."""
+    return parse_request(PackRequest, list(argv), PACK)
+
+
 def value_of(argv: Sequence[str], flag: str) -> str | None:
     """The last value of `flag` in `argv`, written `--flag value` or `--flag=value`."""
     value = None
@@ -90,7 +99,7 @@ def _base(argv: list[str]) -> tuple[Config, Path | None]:
     stored = Config.from_dict(read(path)["config"])
     if name is not None and name != stored.preset:
         raise ValueError(f"--preset {name}: {path} was trained with --preset {stored.preset}; leave the flag out to continue it")
-    return stored.with_fields(resume=str(path), out=out or str(path.parent), device="auto", backend="auto", threads=0, column_ranks=0,
+    return stored.with_fields(resume=str(path), out=out or str(path.parent), device="auto", backend="auto", threads=0, workers=0, column_ranks=0,
                               timeout=60.0, compile=False, deterministic=False, max_steps=0), path
 
 

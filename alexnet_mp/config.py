@@ -22,6 +22,10 @@ class DataConfig:
     """shapes (generated, no download), cifar10, fashion-mnist, folder (DIR/train/CLASS/*), store (packed)."""
     data_dir: str = "data"
     """Where the set is, or is to be put."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """folder: at files that cannot be read, stop and name them, or leave them out and list them."""
+    shuffle: Literal["full", "blocks"] = "full"
+    """Order of an epoch. full: any; blocks: near each other in the store within 8,192, for spinning disks and network storage."""
     limit_train: int = 0
     """Use the first N training images, after the seeded shuffle; 0: all."""
     limit_val: int = 0
@@ -125,6 +129,8 @@ class RunConfig:
     """Only algorithms that repeat bit for bit (on CUDA slower)."""
     threads: int = 0
     """CPU threads of each rank; 0 shares the machine's cores evenly."""
+    workers: int = 0
+    """Threads of each rank that prepare batches; 0: one, or --threads where a store holds JPEGs."""
     column_ranks: int = 0
     """Ranks that share one copy of the network; 0: the most that columns and ranks allow. 1: data parallel."""
     out: str = ""
@@ -136,7 +142,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, f"--seed {self.seed}: a number from 0 to 2**63 - 1")
-        check_not_negative(self, "threads", "column_ranks")
+        check_not_negative(self, "threads", "workers", "column_ranks")
         check(0 < self.timeout < 1e6, f"--timeout {self.timeout}: a positive number of seconds")
 
 

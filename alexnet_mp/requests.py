@@ -1,4 +1,4 @@
-"""What can be asked of trained networks: the flags of launch/evaluate.py and launch/predict.py, checked when they are made."""
+"""What can be asked beside training: the flags of launch/evaluate.py, predict.py and pack.py, checked when they are made."""
 
 from __future__ import annotations
 
@@ -111,3 +111,32 @@ class PredictRequest:
     def __post_init__(self) -> None:
         _check(len(self.images) > 0, "IMAGE: name one image file or more, after the flags")
         _check(self.top >= 1, f"--top {self.top}: one class or more")
+
+
+@dataclass(frozen=True)
+class PackRequest:
+    """Which images, and where to?"""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """Folder with train/CLASS/, and val or test or both likewise; or what ImageNet's archives unpack to."""
+    store: Annotated[Positional[str], arg(metavar="STORE")] = ""
+    """New folder for the packed images, or one whose packing was interrupted: it is then finished."""
+    encode: Literal["raw", "jpeg"] = "raw"
+    """raw: 196,608 bytes an image, the fastest to load. jpeg: about an eighth of that, decoded again at every load."""
+    check: bool = False
+    """Only report what would be packed, left out or refused: every file is read, nothing written."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At files that cannot be read, stop and name them, or leave them out and list them."""
+    val_labels: Annotated[str, arg(metavar="FILE")] = ""
+    """Classes of a flat folder val: a line an image, CLASS (in the order of the files' names) or FILE CLASS; or Kaggle's LOC_val_solution.csv."""
+    val_synsets: Annotated[str, arg(metavar="FILE")] = ""
+    """Where --val-labels has numbers: which class each is; line k names class k, or NUMBER CLASS lines."""
+    workers: int = 0
+    """Threads; 0: one for each core."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write the report into this file too; -: to the standard output, and nothing else there."""
+
+    def __post_init__(self) -> None:
+        _check(self.workers >= 0, f"--workers {self.workers}: one thread or more, 0 for one each core")
+        _check(bool(self.store) != self.check, "--check writes nothing: leave STORE out" if self.check else "STORE: name a folder for the packed "
+               "images, after SOURCE, or give --check to see what would be packed")

@@ -1,12 +1,13 @@
 """Sets of images that the tests of the data package make: stores in memory, folders of files."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Splits, Store, load
+from alexnet_mp.data import Splits, Store, files, load, packing, packs
 
 
 def random_store(count: int = 40, side: int = 12, classes: int = 4, seed: int = 0) -> Store:
@@ -46,3 +47,12 @@ def load_folder(root: Path, **fields: object) -> Splits:
 def levels(store: Store) -> list[int]:
     """The grey levels of a store of `make_folder`: which of its images they are."""
     return [int(store.gather([i])[0, 0, 0, 0]) for i in range(len(store))]
+
+
+def pack_slowly(source: str, store: str, ready: object) -> None:
+    """Packs in small shards, slowly enough to be killed at any point of it; `ready` is a pipe's end."""
+    read = packing.try_read
+    files.SHARD, packing.CHUNK, packing.try_read = 8, 2, lambda file: (time.sleep(0.002), read(file))[1]
+    listings = packs.list_source(Path(source))
+    ready.send(True)
+    packs.pack(listings, Path(store), packing.Packing(workers=2), say=lambda text: None)

@@ -11,7 +11,7 @@ from image_sets import levels, load_folder, make_folder, random_store, write_ima
 from PIL import Image
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import folder, load
+from alexnet_mp.data import images, load, packs
 
 CIFAR_JPEG = Path(__file__).resolve().parents[2] / "shared/data/cifar10-jpeg.tar.gz"
 IMAGENET = Path(__file__).resolve().parents[2] / "shared/data/imagenet-samples.tar"
@@ -113,7 +113,7 @@ def test_a_folder_is_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     root = make_folder(tmp_path / "set")
     first = load_folder(root)
     assert "packing 40 images of" in capsys.readouterr().out
-    monkeypatch.setattr(folder, "pack", None)
+    monkeypatch.setattr(packs, "pack", None)
     assert levels(load_folder(root).train) == levels(first.train)
     assert "packing" not in capsys.readouterr().out
 
@@ -145,7 +145,7 @@ def test_a_stored_set_is_read_from_its_folder(tmp_path: Path) -> None:
 
 
 def pixel(path: Path) -> list[int]:
-    image = folder.read_image(path)
+    image = images.read_image(path)
     return image[:, image.shape[1] // 2, image.shape[2] // 2].tolist()
 
 
@@ -184,7 +184,7 @@ def test_exif_orientation_is_obeyed(tmp_path: Path) -> None:
     for orientation, stored in ((1, upright), (3, upright[::-1, ::-1]), (6, np.rot90(upright)), (8, np.rot90(upright, -1))):
         exif[0x0112] = orientation
         Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.jpg", exif=exif, quality=95)
-        image = folder.read_image(tmp_path / "a.jpg").astype(int)
+        image = images.read_image(tmp_path / "a.jpg").astype(int)
         assert image[:, :14].min() > 230 and image[:, 18:].max() < 25, orientation
 
 
@@ -199,14 +199,14 @@ def test_odd_metadata_neither_warns_nor_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size, side", [((300, 500), 256), ((2000, 1200), 256), ((256, 300), 256), ((40, 30), 30), ((255, 999), 255), ((1, 1), 1)])
 def test_the_shorter_side_becomes_256_but_is_never_enlarged(tmp_path: Path, size: tuple[int, int], side: int) -> None:
-    assert folder.read_image(write_image(tmp_path / "a.jpg", size)).shape == (3, side, side)
+    assert images.read_image(write_image(tmp_path / "a.jpg", size)).shape == (3, side, side)
 
 
 def test_the_centre_square_is_kept(tmp_path: Path) -> None:
     image = np.zeros((100, 300, 3), np.uint8)
     image[:, 100:200] = 255
     Image.fromarray(image).save(tmp_path / "a.png")
-    assert folder.read_image(tmp_path / "a.png").min() == 255
+    assert images.read_image(tmp_path / "a.png").min() == 255
 
 
 def test_a_large_jpeg_is_reduced_to_what_a_full_decoding_gives(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_large_jpeg_is_reduced_to_what_a_full_decoding_gives(tmp_path: Path) -
     Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
     with Image.open(tmp_path / "a.jpg") as image:
         full = np.asarray(image.resize((256, 256), Image.Resampling.BILINEAR, box=(300, 0, 1800, 1500)), np.float64)
-    assert np.abs(folder.read_image(tmp_path / "a.jpg").transpose(1, 2, 0) - full).mean() < 2
+    assert np.abs(images.read_image(tmp_path / "a.jpg").transpose(1, 2, 0) - full).mean() < 2
 
 
 @pytest.mark.skipif(not CIFAR_JPEG.is_file(), reason=f"{CIFAR_JPEG} is not there")
@@ -248,4 +248,4 @@ def test_real_photographs_become_squares_of_256(tmp_path: Path) -> None:
                 shorter = min(image.size)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                assert folder.read_image(path).shape == (3, min(256, shorter), min(256, shorter))
+                assert images.read_image(path).shape == (3, min(256, shorter), min(256, shorter))

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_sets import mixed_store, random_store
+from image_sets import make_folder, mixed_store, random_store
 
 from alexnet_mp.config import Config, DataConfig
 from alexnet_mp.data import Augment, Loader, Splits, Store, build_loaders
+from alexnet_mp.data.loader import AHEAD
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -116,7 +117,7 @@ def test_a_failure_in_the_thread_is_raised_where_the_batches_are_used(monkeypatc
         raise OSError("the disk is gone")
 
     one = loader()
-    monkeypatch.setattr(one.store, "gather", fail)
+    monkeypatch.setattr(one.store, "image", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         list(one)
     assert loader_threads() == 0
@@ -167,3 +168,49 @@ def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is
     each = build_loaders(config, splits_of(side=28))[0]
     assert once.store.sides == (76,) and each.store.sides == (28,)
     assert all(torch.equal(a.images, b.images) for a, b in zip(once, each, strict=True))
+
+
+@pytest.mark.parametrize("mean", ["image-centre", "image-aligned", "half", "none"])
+@pytest.mark.parametrize("divides", [True, False])
+@pytest.mark.parametrize("train", [True, False])
+def test_what_the_thread_prepares_is_what_the_augmentation_makes_of_the_gathered_images(mean: str, divides: bool, train: bool) -> None:
+    store = random_store(50)
+    augment = Augment(DataConfig(stored_side=12, crop_of=9, colour_noise=0.1, colour_divides=divides, mean=mean), 9, store.statistics(12))
+    one = Loader(store, augment, 16, 7, train)
+    for number, batch in enumerate(one):
+        images = store.gather(one.order(0)[number * 16:(number + 1) * 16])
+        draw = augment.draw(7, 0, number, len(images))
+        expected = augment._scaled(augment._centred(images, draw.top, draw.left, draw.flip)) if train else augment.test(images)
+        if train:       # as it was computed before there was one pass: the same operations in the same order
+            expected = augment._centred(images, draw.top, draw.left, draw.flip) + draw.colour[:, :, None, None]
+            expected = augment._scaled(expected / 1.1 if divides else expected)
+        assert torch.equal(batch.images, expected)
+
+
+@pytest.mark.parametrize("store", [random_store(50), mixed_store()], ids=["one side", "two sides"])
+def test_the_number_of_threads_changes_no_bit(store: Store) -> None:
+    augment = Augment(DataConfig(stored_side=20 if len(store) == 10 else 12, crop_of=9, mean="none"), 9)
+    one, three = (list(Loader(store, augment, 16, 7, True, workers=workers)) for workers in (1, 3))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(one, three, strict=True))
+
+
+def test_batches_that_are_kept_keep_their_values_while_others_take_turns_in_the_same_memory() -> None:
+    expected = [batch.images.clone() for batch in loader(batch_size=2)]
+    kept, places = [], set()
+    for number, batch in enumerate(loader(batch_size=2)):
+        places.add(batch.images.data_ptr())
+        if number % 3 == 0:
+            kept.append((number, batch.images[1:]))         # a view holds its batch's memory too
+    assert all(torch.equal(images, expected[number][1:]) for number, images in kept)
+    assert len(places) < len(kept) + AHEAD + 4
+
+
+def test_a_jpeg_store_gives_the_batches_of_its_decoded_images(tmp_path: Path) -> None:
+    from alexnet_mp.data import packs
+    from alexnet_mp.data.packing import Packing
+    packs.pack(packs.list_source(make_folder(tmp_path / "set")), tmp_path / "store", Packing("jpeg"))
+    store = Store.open(tmp_path / "store" / "train")
+    decoded = Store([np.stack([store.image(i) for i in range(len(store))])], store.labels, store.classes)
+    augment = Augment(DataConfig(stored_side=20, crop_of=16, mean="none"), 16)
+    ours, expected = (Loader(kind, augment, 8, 0, True, workers=2) for kind in (store, decoded))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(ours, expected, strict=True))

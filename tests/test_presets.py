@@ -56,7 +56,8 @@ TABLE = {
     "patience": (0, 0, 7),
     "delta": (0.0, 0.0, 0.0),
 }
-FREE = {"classes", "data", "data_dir", "limit_train", "limit_val", "limit_test", "max_steps", "warmup_epochs"}     # not of the recipe
+FREE = {"classes", "data", "data_dir", "limit_train", "limit_val", "limit_test", "max_steps", "warmup_epochs",      # not of the recipe
+        "on_error", "shuffle"}
 
 
 def fields(name: str) -> dict:

@@ -11,7 +11,7 @@ from image_sets import levels, make_folder
 from ranks import process_group, run
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import folder, load, shapes, sources
+from alexnet_mp.data import files, load, packs, shapes, sources
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -29,7 +29,8 @@ def test_shapes_are_balanced_and_complete(few_shapes: None) -> None:
 
 def test_shapes_cached_at_a_smaller_side_are_the_large_ones_reduced(few_shapes: None, cache: Path) -> None:
     large, small = load(DataConfig(), 0), load(DataConfig(), 0, side=76)
-    assert sorted(path.name for path in cache.iterdir()) == [f"shapes-0-{shapes.VERSION}-256px", f"shapes-0-{shapes.VERSION}-76px"]
+    assert sorted(path.name for path in cache.iterdir()) == [
+        f"shapes-0-{shapes.VERSION}-{side}px-store{files.VERSION}" for side in (256, 76)]
     assert torch.equal(large.train.gather(range(60), 76), small.train.gather(range(60)))
     assert torch.equal(large.train.statistics(76).mean_image, small.train.statistics(76).mean_image)
 
@@ -151,8 +152,8 @@ def test_the_real_fashion_mnist_is_found_without_a_download(tmp_path: Path) -> N
 def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int]:
     """What `Placement.alone` does, in short; counts the packings that this rank did."""
     packed = []
-    pack = folder.pack
-    folder.pack = lambda *args: (packed.append(1), pack(*args))
+    pack = packs.pack_split
+    packs.pack_split = lambda *args: (packed.append(1), pack(*args))[1]
     with process_group():
         def alone(work) -> None:
             if rank == 0:

@@ -26,7 +26,7 @@ def test_a_saved_store_opens_with_the_same_images_labels_and_classes(store: Stor
 def test_a_store_on_disk_is_a_plain_numpy_array(tmp_path: Path) -> None:
     store = random_store()
     store.save(tmp_path / "store")
-    assert np.array_equal(np.load(tmp_path / "store" / "images-12.npy"), store.shelves[0])
+    assert np.array_equal(np.load(tmp_path / "store" / "images-00000.npy").reshape(40, 3, 12, 12), store.shelves[0])
 
 
 def test_a_saved_subset_holds_its_images_only(tmp_path: Path) -> None:
@@ -107,17 +107,17 @@ def test_statistics_of_a_store_on_disk_are_measured_once(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("damage, name", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "images-12.npy"),
-    (lambda path: path.unlink(), "images-12.npy"),
-    (lambda path: path.write_bytes(b""), "images-12.npy"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "images-00000.npy"),
+    (lambda path: path.unlink(), "images-00000.npy"),
+    (lambda path: path.write_bytes(b""), "images-00000.npy"),
     (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x07"), "labels.npy"),
     (lambda path: path.write_text("{"), "header.json"),
     (lambda path: path.write_text('{"format": "something else"}'), "header.json"),
     (lambda path: path.write_text("[]"), "header.json"),
     (lambda path: path.unlink(), "header.json"),
-    (lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": 9')), "header.json"),
-    (lambda path: np.save(path, np.zeros((41, 3, 12, 12), np.uint8)), "images-12.npy"),
-    (lambda path: np.save(path, np.zeros((40, 3, 12, 12), np.float32)), "images-12.npy"),
+    (lambda path: path.write_text(path.read_text().replace('"version": 2', '"version": 9')), "header.json"),
+    (lambda path: np.save(path, np.zeros((41, 3, 12, 12), np.uint8)), "images-00000.npy"),
+    (lambda path: np.save(path, np.zeros((40, 3, 12, 12), np.float32)), "images-00000.npy"),
 ])
 def test_a_damaged_store_is_refused_in_one_line_that_names_the_file(tmp_path: Path, damage, name: str) -> None:
     random_store().save(tmp_path / "store")
@@ -129,7 +129,7 @@ def test_a_damaged_store_is_refused_in_one_line_that_names_the_file(tmp_path: Pa
 
 def test_verifying_finds_a_single_changed_pixel(tmp_path: Path) -> None:
     random_store().save(tmp_path / "store")
-    path = tmp_path / "store" / "images-12.npy"
+    path = tmp_path / "store" / "images-00000.npy"
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)

@@ -6,10 +6,11 @@ import torch
 
 from alexnet_mp.config import Config
 from alexnet_mp.data.augment import Augment, Draw, needs_statistics
-from alexnet_mp.data.folder import try_read
+from alexnet_mp.data.images import try_read
 from alexnet_mp.data.loader import Batch, Loader
 from alexnet_mp.data.sources import Splits, load
-from alexnet_mp.data.store import Statistics, Store, resize
+from alexnet_mp.data.statistics import Statistics
+from alexnet_mp.data.store import Store, resize
 
 __all__ = ["Augment", "Batch", "Draw", "Loader", "Splits", "Statistics", "Store", "build_loaders", "load", "needs_statistics", "resize", "try_read"]
 
@@ -28,6 +29,7 @@ def build_loaders(config: Config, splits: Splits, *, data_rank: int = 0, data_ra
     statistics = splits.train.statistics(side) if needs_statistics(config.data) else None
     augment = Augment(config.data, size, statistics, device)
     train, val, test = (
-        Loader(store.resized(side), augment, config.recipe.batch_size, config.run.seed, training, data_rank, data_ranks, device)
+        Loader(store.resized(side), augment, config.recipe.batch_size, config.run.seed, training, data_rank, data_ranks, device,
+               workers=config.run.workers)
         for store, training in ((splits.train, True), (splits.val, False), (splits.test, False)))
     return train, val, test, augment

@@ -5,14 +5,16 @@ Values are grey levels, 0 to 255, as in 2012, and stay so after the mean is subt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data.store import Statistics, resize
+from alexnet_mp.data.statistics import Statistics
+from alexnet_mp.data.store import Run, resize
 from alexnet_mp.seeds import combine
 
 
@@ -71,16 +73,57 @@ class Augment:
 
     def train(self, images: Tensor, draw: Draw) -> Tensor:
         """Cropped, flipped and coloured as `draw` says, mean subtracted."""
-        values = self._centred(self._at_side(images), draw.top, draw.left, draw.flip)
+        images = self._at_side(images)
+        if images.device.type == "cpu":
+            return self.on_cpu(images.numpy().__getitem__, draw, torch.empty((len(images), 3, self.size, self.size)))
+        values = self._centred(images, draw.top, draw.left, draw.flip)
         if draw.colour is not None and not self.noise_off:
             values += draw.colour.to(values.device, non_blocking=True)[:, :, None, None]
             if self.config.colour_divides:
                 values /= 1 + self.config.colour_noise
         return self._scaled(values)
 
+    def on_cpu(self, image: Callable[[int], np.ndarray], draw: Draw, out: Tensor, run: Run = map) -> Tensor:
+        """`train`, to the bit, of the images that `image(row)` gives, uint8 (3, side, side), into `out`, float32 (N, 3, size, size).
+
+        An image's steps follow each other while it is in the processor's cache: one pass over the memory, and no copy of the
+        stored images. NumPy, not torch, so that a thread may do it without starting torch's beside the trainer's. `run` calls a
+        function of a row for each, e.g. a thread pool's map.
+        """
+        target, size = out.numpy(), self.size
+        tops, lefts, flips = draw.top.tolist(), draw.left.tolist(), draw.flip.tolist()
+        mean = self.mean_image.numpy() if self.config.mean == "image-aligned" else None
+        constant = {"image-centre": lambda: self.centre_mean.numpy(), "half": lambda: np.float32(127.5)}.get(self.config.mean, lambda: None)()
+        colour = draw.colour.numpy()[:, :, None, None] if draw.colour is not None and not self.noise_off else None
+        divisor = np.float32(1 + self.config.colour_noise) if colour is not None and self.config.colour_divides else None
+
+        def prepare(row: int) -> None:
+            values, y, x = target[row], tops[row], lefts[row]
+            step = -1 if flips[row] else 1
+            values[...] = image(row)[:, y:y + size, x:x + size][:, :, ::step]
+            if mean is not None:
+                values -= mean[:, y:y + size, x:x + size][:, :, ::step]
+            elif constant is not None:
+                values -= constant
+            if colour is not None:
+                values += colour[row]
+            if divisor is not None:
+                values /= divisor
+            if self.config.mean == "half":
+                values /= constant
+
+        for _ in run(prepare, range(len(tops))):
+            pass
+        return out
+
     def test(self, images: Tensor) -> Tensor:
         """The centre crop, mean subtracted."""
         return self._view(self._at_side(images), self.margin // 2, self.margin // 2, False)
+
+    def centre(self, rows: int) -> Draw:
+        """The choices of `test`, for so many images."""
+        middle = torch.full((rows,), self.margin // 2)
+        return Draw(middle, middle, torch.zeros(rows, dtype=torch.bool), None)
 
     def ten_crop(self, images: Tensor) -> Tensor:
         """float32 (N, 10, 3, size, size): top left, top right, bottom left, bottom right, centre, then the same five flipped."""
@@ -100,6 +143,9 @@ class Augment:
     def _view(self, images: Tensor, top: int, left: int, flip: bool) -> Tensor:
         """One and the same crop of every image."""
         full = torch.full((len(images),), 0)
+        if images.device.type == "cpu":
+            draw = Draw(full + top, full + left, (full + flip).bool(), None)
+            return self.on_cpu(images.numpy().__getitem__, draw, torch.empty((len(images), 3, self.size, self.size)))
         return self._scaled(self._centred(images, full + top, full + left, (full + flip).bool()))
 
     def _centred(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

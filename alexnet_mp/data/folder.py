@@ -1,32 +1,41 @@
-"""A folder of image files, SPLIT/CLASS/FILE: what counts as an image, and how one becomes a stored image."""
+"""A folder of image files, SPLIT/CLASS/FILE: what counts as an image, which class it is of, and what is left out."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from tqdm.auto import tqdm
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjpg", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".gif", ".tif",
+              ".tiff", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".heic", ".heif"}
+SPLITS = ("train", "val", "test")
+DEPTH = 64
+"""Folders within each other, from the root on."""
 
-from alexnet_mp.data.store import Writer
 
-SIDE = 256
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
-SHOWN = 3
-"""Bad files that one message names."""
-MOST_BAD = 20
-"""Bad files after which packing stops looking for more."""
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-"""What EXIF's orientation asks a reader to do."""
+@dataclass
+class Ignored:
+    """What was left out of a split, counted by reason."""
+
+    hidden: int = 0          # files and folders; also what archives of a Mac leave behind
+    special: int = 0         # pipes, devices, links to nothing, links to a folder above
+    other: Counter[str] = field(default_factory=Counter)      # files whose names are not an image's, by extension
+
+    def add(self, more: Ignored) -> None:
+        self.hidden, self.special, self.other = self.hidden + more.hidden, self.special + more.special, self.other + more.other
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{name or 'no extension'} {count:,}" for name, count in self.other.most_common(5))
+        parts = [f"{self.hidden:,} hidden files or folders"] if self.hidden or self.other else []
+        if self.hidden or self.other:
+            parts.append(f"{self.other.total():,} files whose names are not an image's" + (f" ({kinds})" if kinds else ""))
+        if self.special:
+            parts.append(f"{self.special:,} pipes, devices, broken or circular links")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -37,138 +46,138 @@ class Listing:
     classes: tuple[str, ...]
     files: list[Path]
     labels: list[int]
-    hidden: int          # files and folders that were ignored, also what archives of a Mac leave behind
-    other: int           # files that were ignored because of their extension
-    digest: str          # of names, sizes and times of change
+    stamps: list[tuple[int, int]]      # of each file: bytes, nanoseconds of change
+    ignored: Ignored
+    notes: tuple[str, ...] = ()
+
+    def name(self, number: int) -> str:
+        """The file's path in the folder, with / on every system."""
+        return text(self.files[number].relative_to(self.folder).as_posix())
+
+    def digest(self, numbers: range | None = None) -> str:
+        """Of names, classes, sizes and times of change."""
+        digest = hashlib.blake2b(digest_size=16)
+        for i in range(len(self.files)) if numbers is None else numbers:
+            digest.update(repr((self.classes[self.labels[i]], self.name(i), *self.stamps[i])).encode())
+        return digest.hexdigest()
 
 
-def list_split(folder: Path, classes: tuple[str, ...] | None = None) -> Listing:
-    """Lists FOLDER/CLASS/*, also within subfolders of a class. Classes are the folders' names, sorted.
+def list_split(folder: Path, classes: tuple[str, ...] | None = None, flag: str = "--data-dir") -> Listing:
+    """Lists FOLDER/CLASS/*, also within subfolders of a class. Classes are the folders' names, sorted as text.
 
     ValueError naming the folder: no class folders, a class without images, or other classes than `classes`.
     """
     entries = _entries(folder)
-    names = tuple(sorted(entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name)))
-    hidden, other = sum(_hidden(entry.name) for entry in entries), 0
+    folders = {text(entry.name): entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry)}
+    names = tuple(sorted(folders))
     if not names:
-        loose = sum(_is_image(entry.name) for entry in entries)
-        raise ValueError(f"--data-dir: {folder} has no class folders" + (f", but {loose} images: sort them into {folder}/CLASS/" if loose else
-                         f"; expected {folder}/CLASS/ with images in it"))
+        loose = sum(is_image(entry.name) for entry in entries)
+        raise ValueError(f"{flag}: {folder} has no class folders" + (
+            f", but {loose:,} images: sort them into {folder}/CLASS/, or name them with launch/pack.py --val-labels FILE" if loose
+            else f"; expected {folder}/CLASS/ with images in it"))
     if classes is not None and names != classes:
         odd = sorted(set(names) ^ set(classes))[0]
         have, lack = ("is not a class of the training images", "has it") if odd in names else ("is a class of the training images", "lacks it")
-        raise ValueError(f"--data-dir: {folder} and its neighbour train must have the same classes: {odd} {have}, {folder} {lack}")
-    files: list[Path] = []
-    labels: list[int] = []
-    digest = hashlib.blake2b(digest_size=8)
+        raise ValueError(f"{flag}: {folder} and its neighbour train must have the same classes: {odd} {have}, {folder} {lack}")
+    listing = Listing(folder, names, [], [], [], Ignored(), () if classes else _notes(names))
+    for entry in entries:
+        if text(entry.name) not in folders:
+            _take(entry, listing, None)
     for label, name in enumerate(names):
-        before = len(files)
-        for entry in _below(folder / name):
-            if _hidden(entry.name) or not _is_image(entry.name):
-                hidden, other = hidden + _hidden(entry.name), other + (not _hidden(entry.name))
-                continue
-            status = entry.stat()
-            digest.update(repr((name, os.path.relpath(entry.path, folder), status.st_size, status.st_mtime_ns)).encode(errors="surrogateescape"))
-            files.append(Path(entry.path))
-            labels.append(label)
-        if len(files) == before:
-            raise ValueError(f"--data-dir: {folder / name} has no images ({' '.join(sorted(EXTENSIONS))}); add some or delete the folder")
-    return Listing(folder, names, files, labels, hidden, other, digest.hexdigest())
+        before = len(listing.files)
+        for entry in _below(folder / folders[name]):
+            _take(entry, listing, label)
+        if len(listing.files) == before:
+            raise ValueError(f"{flag}: {folder / name} has no images ({' '.join(sorted(EXTENSIONS))}); add some or delete the folder")
+    return listing
+
+
+def list_flat(folder: Path, classes: tuple[str, ...], classes_of: Mapping[str, str], labels_file: Path) -> Listing:
+    """Lists FOLDER/*, whose classes `classes_of` names by file, with or without extension. ValueError for an image without one."""
+    listing = Listing(folder, classes, [], [], [], Ignored())
+    for entry in _entries(folder):
+        file = text(entry.name)
+        name = classes_of.get(file, classes_of.get(os.path.splitext(file)[0]))
+        if name is None and is_image(entry.name) and not is_hidden(entry.name):
+            raise ValueError(f"--val-labels {labels_file}: does not name the class of {entry.path}")
+        _take(entry, listing, classes.index(name) if name is not None else None)
+    if not listing.files:
+        raise ValueError(f"{folder}: has no images ({' '.join(sorted(EXTENSIONS))})")
+    return listing
+
+
+def _take(entry: os.DirEntry[str], listing: Listing, label: int | None) -> None:
+    """Adds a file to the listing, or to what was ignored."""
+    if is_hidden(entry.name):
+        listing.ignored.hidden += 1
+    elif not _is_file(entry):           # opening a pipe would wait for ever
+        listing.ignored.special += 1
+    elif label is None or not is_image(entry.name):
+        listing.ignored.other[os.path.splitext(entry.name)[1].lower()] += 1
+    else:
+        status = entry.stat()
+        listing.files.append(Path(entry.path))
+        listing.labels.append(label)
+        listing.stamps.append((status.st_size, status.st_mtime_ns))
+
+
+def _notes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """What may surprise about the classes' names."""
+    notes = []
+    if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
+        notes.append(f"the classes are numbers, sorted as text ({', '.join(names[:3])} ...), as torchvision does: class k of the network "
+                     "is not folder k; names of one length (001, 002) would keep the order")
+    folded = Counter(name.casefold() for name in names)
+    if twice := [name for name in names if folded[name.casefold()] > 1]:
+        notes.append(f"classes that differ only in upper and lower case are different classes: {', '.join(twice[:4])}")
+    return tuple(notes)
+
+
+def text(name: str) -> str:
+    """A file's name as text that can be printed and stored, the same in every locale: UTF-8, other bytes as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as found:
-        return sorted(found, key=lambda entry: entry.name)
+        return sorted(found, key=lambda entry: text(entry.name))
 
 
-def _hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Hidden ones, which include AppleDouble's `._photo.jpg`, and a Mac archive's shadow folder."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _below(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The files in `folder` and below, in the order of their names; a hidden folder as one."""
+def _below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[os.DirEntry[str]]:
+    """The files in `folder` and below, in the order of their names; as one: a hidden folder, a link to a folder that it is in."""
+    # A link to the split's own folder would bring images of other classes.
+    folders = [folder] if above else [*folder.resolve().parents, folder]
+    above = (*above, *((status.st_dev, status.st_ino) for status in map(os.stat, folders)))
     for entry in _entries(folder):
-        if entry.is_dir() and not _hidden(entry.name):
-            yield from _below(Path(entry.path))
+        if not is_hidden(entry.name) and _is_folder(entry) and not _is_above(entry, above):
+            if len(above) > DEPTH:
+                raise ValueError(f"{entry.path}: more than {DEPTH} folders within each other")
+            yield from _below(Path(entry.path), above)
         else:
             yield entry
 
 
-def pack(listing: Listing, path: Path, progress: bool) -> None:
-    """Writes the images of `listing` as the store `path`. ValueError naming the files that cannot be read."""
-    bad: list[str] = []
-    files = iter(zip(listing.files, listing.labels, strict=True))
-    workers = os.cpu_count() or 1
-    bar = tqdm(total=len(listing.files), desc=f"packing {listing.folder.name}", unit=" images", leave=False, disable=None if progress else True)
-    with (Writer(path, listing.classes) as writer, ThreadPoolExecutor(workers) as pool, bar, warnings.catch_warnings()):
-        warnings.simplefilter("ignore")         # Pillow's, of odd metadata: one a file; what cannot be read raises
-        while group := list(islice(files, 64 * workers)):
-            for (file, label), image in zip(group, pool.map(try_read, [file for file, _ in group]), strict=True):
-                if isinstance(image, str):
-                    bad.append(f"{file}: {image}")
-                else:
-                    writer.add(image, label)
-            bar.update(len(group))
-            if len(bad) >= MOST_BAD:
-                break
-        if bad:
-            more = f" (and {len(bad) - SHOWN} more{' so far' if len(bad) >= MOST_BAD else ''})" if len(bad) > SHOWN else ""
-            raise ValueError(f"cannot read {'; '.join(bad[:SHOWN])}{more}; replace or delete what is damaged")
-
-
-def try_read(file: Path) -> np.ndarray | str:
-    """`read_image`, or in a few words why that cannot be."""
-    try:
-        return read_image(file)
-    except Exception as error:       # Pillow's plugins raise nearly everything for a damaged file
-        words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        text = "not an image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else words
-        return "an empty file" if isinstance(error, OSError) and _is_empty(file) else text.replace("\n", " ")
-
-
-def _is_empty(file: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return file.stat().st_size == 0
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):          # a link to itself
+        return entry.is_dir()
     return False
 
 
-def read_image(file: str | Path, side: int = SIDE) -> np.ndarray:
-    """The image in `file` as it is stored: uint8 RGB (3, s, s), the centre square at s = min(side, its shorter side).
-
-    Told by content, not by name. Turned upright as EXIF says; the first frame of an animation; transparency on white;
-    16 bits become 8. Raises OSError and others of Pillow's for what is no image.
-    """
-    with Image.open(file) as opened:
-        # A large JPEG is decoded at a half, quarter or eighth, but never below twice the side, so that the reduction stays smooth.
-        opened.draft(None, (2 * side, 2 * side))
-        orientation = 1
-        with contextlib.suppress(Exception):     # damaged metadata does not spoil the pixels
-            orientation = opened.getexif().get(0x0112, 1)
-        image = _rgb(opened)
-    width, height = image.size
-    shorter = min(width, height)
-    kept = min(side, shorter)
-    left, top = (width - shorter) // 2, (height - shorter) // 2
-    square = (left, top, left + shorter, top + shorter)
-    image = image.crop(square) if kept == shorter else image.resize((kept, kept), Image.Resampling.BILINEAR, box=square)
-    if orientation in TURNS:
-        image = image.transpose(TURNS[orientation])
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):
+        return entry.is_file()
+    return False
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):        # 16-bit grey: Pillow's own conversion would clip it to white
-        grey = np.clip(np.asarray(image, np.int64), 0, 65535)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("grey levels in floating point, whose scale is not known")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+def _is_above(entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> bool:
+    status = entry.stat()
+    return (status.st_dev, status.st_ino) in above

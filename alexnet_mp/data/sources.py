@@ -9,9 +9,6 @@ import contextlib
 import gzip
 import hashlib
 import io
-import os
-import shutil
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,14 +19,13 @@ from torchvision import datasets
 from tqdm.auto import tqdm
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import folder, shapes
+from alexnet_mp.data import folder, packs, shapes
 from alexnet_mp.data.augment import needs_statistics
-from alexnet_mp.data.files import Writer, beside, publish
+from alexnet_mp.data.cache import Alone, cache_folder, cached
+from alexnet_mp.data.files import VERSION, Writer, read_header
+from alexnet_mp.data.packing import Packing
 from alexnet_mp.data.store import Store
 from alexnet_mp.seeds import combine
-
-Alone = Callable[[Callable[[], None]], None]
-"""Runs work on one rank of each host while the others wait, and raises its failure on all."""
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -114,54 +110,6 @@ class _Request:
 _Three = tuple[Store, Store | None, Store]
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------------
-
-def cache_folder() -> Path | None:
-    """The user's cache for this package, whether it exists or not; None where there is no home."""
-    with contextlib.suppress(RuntimeError):
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet_mp"
-    return None
-
-
-def _cached(request: _Request, name: str, build: Callable[[Path], None], what: str, images: int) -> Path:
-    """The folder `name` in the user's cache, or in --data-dir where that cannot be written; `build(folder)` makes it if it is nowhere."""
-    places = [place for place in (cache_folder(), request.directory) if place is not None]
-
-    def find() -> Path | None:
-        return next((place / name for place in places if (place / name).is_dir()), None)
-
-    def work() -> None:
-        if find() is None:
-            path = _writable(places) / name
-            request.say(f"{what} into {path}, once")
-            temporary, started = beside(path), time.perf_counter()
-            try:
-                build(temporary)
-                publish(temporary, path)
-            except OSError:
-                if find() is None:                  # otherwise another run was faster: its folder serves
-                    raise
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            seconds = time.perf_counter() - started
-            request.say(f"done in {seconds:.1f} s, {images / seconds:,.0f} images/s")
-
-    request.alone(work)
-    found = find()
-    if found is None:
-        raise ValueError(f"{places[0] / name}: made by another rank of this host, but not to be seen here; set XDG_CACHE_HOME to a shared folder")
-    return found
-
-
-def _writable(places: list[Path]) -> Path:
-    for place in places:
-        with contextlib.suppress(OSError):
-            place.mkdir(parents=True, exist_ok=True)
-            if os.access(place, os.W_OK):
-                return place
-    raise ValueError(f"none of {', '.join(map(str, places))} can be written: set XDG_CACHE_HOME or --data-dir to a folder with room for the images")
-
-
 def _open_splits(path: Path) -> _Three:
     """The stores in PATH/train and PATH/val, PATH/test: where only one of the two is there, it is the test split."""
     train, others = Store.open(path / "train"), [Store.open(path / name) for name in ("val", "test") if (path / name).is_dir()]
@@ -186,8 +134,9 @@ def _shapes(request: _Request) -> _Three:
                         writer.add(image, label)
                         bar.update()
 
-    name = f"shapes-{request.seed}-{shapes.VERSION}-{side}px"
-    return _open_splits(_cached(request, name, build, f"drawing {count:,} images of {len(shapes.CLASSES)} shapes", count))
+    name = f"shapes-{request.seed}-{shapes.VERSION}-{side}px-store{VERSION}"
+    what = f"drawing {count:,} images of {len(shapes.CLASSES)} shapes"
+    return _open_splits(cached(name, build, what, count, request.directory, request.alone, request.say))
 
 
 def _cifar10(request: _Request) -> _Three:
@@ -269,23 +218,28 @@ def _folder(request: _Request) -> _Three:
         if (directory / name).is_dir():
             listings[name] = folder.list_split(directory / name, listings["train"].classes)
     where = hashlib.blake2b(str(directory).encode(errors="surrogateescape"), digest_size=6).hexdigest()
-    digests = "".join(name + listing.digest for name, listing in listings.items())
-    fingerprint = hashlib.blake2b(digests.encode(), digest_size=6).hexdigest()
-    hidden, other = (sum(getattr(listing, name) for listing in listings.values()) for name in ("hidden", "other"))
-    if hidden or other:
-        request.say(f"{directory}: ignored {hidden} hidden files or folders, {other} files whose names are not an image's")
+    content = [(name, listing.digest()) for name, listing in listings.items()]
+    fingerprint = hashlib.blake2b(repr((VERSION, request.config.on_error, content)).encode(), digest_size=6).hexdigest()
+    packs.tell(listings, request.say)
 
     def build(path: Path) -> None:
         for old in sorted((cache_folder() or path.parent).glob(f"folder-{where}-*")):
             request.say(f"{directory} has changed since it was packed into {old}, which can be deleted")
-        for name, listing in listings.items():
-            folder.pack(listing, path / name, request.progress)
+        packs.pack(listings, path, Packing(on_error=request.config.on_error, progress=request.progress), say=lambda text: None, wait=True)
 
     count = sum(len(listing.files) for listing in listings.values())
-    return _open_splits(_cached(request, f"folder-{where}-{fingerprint}", build, f"packing {count:,} images of {directory}", count))
+    path = cached(f"folder-{where}-{fingerprint}", build, f"packing {count:,} images of {directory}", count, request.directory, request.alone,
+                  request.say, unfinished=f".folder-{where}.unfinished")
+    for name in listings:
+        if skipped := read_header(path / name)["skipped"]:
+            request.say(f"{directory / name}: left out {len(skipped):,} files that cannot be read: "
+                        + "; ".join(f"{file}: {reason}" for file, reason in skipped[:3]) + ("; ..." if len(skipped) > 3 else ""))
+    return _open_splits(path)
 
 
 def _store(request: _Request) -> _Three:
+    if command := packs.unfinished(request.directory):
+        raise ValueError(f"--data-dir {request.directory}: packing was interrupted; finish it with: {command}")
     _expect(request.directory, "stores named train, and val or test or both")
     return _open_splits(request.directory)
 

@@ -1,17 +1,19 @@
 """A store: a set of labelled uint8 RGB images, in memory or memory-mapped from a folder.
 
-All images are square, channels first. Those of one side lie on one shelf, an array (count, 3, side, side); a set of large
-images has a single shelf of 256, a folder of mixed small ones several, because a store never enlarges.
+All images are square, channels first. They lie on shelves, arrays (count, 3, side, side): a packed set has one for each side
+in each shard, and several sides only where images are smaller than 256, because a store never enlarges.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_mp.data.files import Writer, beside, blocks, open_array, read_header
+from alexnet_mp.data.shelves import open_shelves
+from alexnet_mp.data.statistics import Statistics, Sums, sums_of
 
 FITS = 2 * 10**9
 """Bytes of a resized copy that may be kept in memory."""
@@ -41,20 +45,13 @@ def resize(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True).round_().clamp_(0, 255).to(torch.uint8)
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Of a training set, in grey levels (0 to 255)."""
-
-    mean_image: Tensor
-    """float32 (3, side, side)"""
-    covariance: Tensor
-    """float64 (3, 3): of a pixel's red, green and blue over all images, each image weighing the same."""
+Run = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
 
 
 class Store:
     """Images, labels (int64) and class names; indexing is by `gather` only."""
 
-    def __init__(self, shelves: Sequence[np.ndarray], labels: np.ndarray, classes: Sequence[str],
+    def __init__(self, shelves: Sequence[Any], labels: np.ndarray, classes: Sequence[str],
                  places: np.ndarray | None = None, path: Path | None = None) -> None:
         """`places` (N, 2) gives each image's shelf and row; None: one shelf, in order. `path`: the folder that it was opened from."""
         if places is None:
@@ -66,29 +63,56 @@ class Store:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def sides(self) -> tuple[int, ...]:
         """The sides of the images that there are, ascending."""
-        return tuple(sorted(self.shelves[k].shape[-1] for k in np.unique(self.places[:, 0])))
+        return tuple(sorted({self.shelves[k].shape[-1] for k in np.unique(self.places[:, 0])}))
+
+    @cached_property
+    def paths(self) -> list[str] | None:
+        """Each image's file in the folder that was packed; None where the store was not made from one."""
+        file = self.path / "paths.json" if self.path else None
+        if file is None or not file.is_file():
+            return None
+        found = json.loads(file.read_text(encoding="utf-8"))
+        starts = np.cumsum([0, *map(len, self.shelves)])
+        return [found[number] for number in (starts[self.places[:, 0]] + self.places[:, 1]).tolist()]
+
+    def image(self, index: int, side: int | None = None) -> np.ndarray:
+        """uint8 (3, side, side); None: at its own side. It may be a view of memory or a file, which must not be written to."""
+        shelf, row = self.places[index]
+        image = self.shelves[shelf][row]
+        return image if side in (None, image.shape[-1]) else resize(torch.from_numpy(image.copy())[None], side)[0].numpy()
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> Store:
         """A view of the images at `indices`, in that order."""
         indices = np.asarray(indices, np.int64)
         return Store(self.shelves, self.labels[indices], self.classes, self.places[indices], self.path)
 
-    def gather(self, indices: np.ndarray | Sequence[int], side: int | None = None) -> Tensor:
-        """uint8 (N, 3, side, side), on the CPU; None: the images' own side, ValueError where they have several."""
-        places = self.places[np.asarray(indices, np.int64)]
-        if len(self.shelves) == 1:
-            images = torch.from_numpy(np.asarray(self.shelves[0])[places[:, 1]])
-            return images if side is None else resize(images, side)
+    def gather(self, indices: np.ndarray | Sequence[int], side: int | None = None, *, pinned: bool = False, run: Run = map) -> Tensor:
+        """uint8 (N, 3, side, side), on the CPU; None: the images' own side, ValueError where they have several.
+
+        `pinned`: in memory from which CUDA copies without waiting. `run`: what calls a function of a row for each, e.g. a thread pool's map.
+        """
+        indices = np.asarray(indices, np.int64)
         if side is None and len(self.sides) > 1:
             raise ValueError(f"images of the sides {' '.join(map(str, self.sides))}: gather needs to know which one to resize them to")
-        images = torch.empty((len(places), 3, *(side or self.sides[0],) * 2), dtype=torch.uint8)
-        for k in np.unique(places[:, 0]):
-            mine = np.flatnonzero(places[:, 0] == k)
-            shelf = torch.from_numpy(np.asarray(self.shelves[k])[places[mine, 1]])
-            images[torch.from_numpy(mine)] = resize(shelf, images.shape[-1])
+        side = side or (self.sides or (self.shelves[0].shape[-1],))[0]
+        images = torch.empty((len(indices), 3, side, side), dtype=torch.uint8, pin_memory=pinned)
+        target, others = images.numpy(), {}
+
+        def copy(row: int) -> None:
+            image = self.image(indices[row])
+            if image.shape[-1] == side:
+                target[row] = image
+            else:
+                others[row] = image
+
+        for _ in run(copy, range(len(indices))):
+            pass
+        for own in {image.shape[-1] for image in others.values()}:
+            rows = sorted(row for row, image in others.items() if image.shape[-1] == own)
+            images[torch.tensor(rows)] = resize(torch.from_numpy(np.stack([others[row] for row in rows])), side)
         return images
 
     def resized(self, side: int) -> Store:
@@ -113,31 +137,41 @@ class Store:
         return self._statistics[side]
 
     def _measure(self, side: int) -> Statistics:
-        if not len(self):
-            raise ValueError("no training images to take the mean image of")
-        # Sums of whole numbers are exact in float64 below 2**53, so neither blocks nor threads can change them.
-        mean_image, mean, moment = torch.zeros(3, side, side, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3).double()
-        for k in np.unique(self.places[:, 0]):
-            mine = np.flatnonzero(self.places[:, 0] == k)
-            own = min(side, self.shelves[k].shape[-1])
-            sums, products = torch.zeros(3, own, own, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+        whole = self._stored_sums() if side >= max(self.sides, default=0) else None
+        if whole is not None:
+            starts = np.cumsum([0, *map(len, self.shelves)])
+            mine = np.zeros(starts[-1], bool)
+            mine[starts[self.places[:, 0]] + self.places[:, 1]] = True
+            if mine.sum() == len(self) > len(mine) / 2:          # what was held out or left is less work than what is in
+                shelf = np.searchsorted(starts, others := np.flatnonzero(~mine), side="right") - 1
+                rest = Store(self.shelves, np.zeros(len(others)), self.classes, np.stack([shelf, others - starts[shelf]], 1))
+                whole.merge(rest._sum(side), -1)
+                return whole.statistics(side)
+        return self._sum(side).statistics(side)
+
+    def _sum(self, side: int) -> Sums:
+        """Of the images, those above `side` reduced to it."""
+        sums = Sums()
+        own_sides = np.array([shelf.shape[-1] for shelf in self.shelves])[self.places[:, 0]] if len(self) else np.empty(0)
+        for own in self.sides:
+            mine = np.flatnonzero(own_sides == own)
             for rows in blocks(len(mine)):
-                images = self.gather(mine[rows.start:rows.stop], own).double()
-                sums += images.sum(0)
-                pixels = images.transpose(0, 1).reshape(3, -1)
-                products += pixels @ pixels.T
-            mean_image += F.interpolate(sums[None], (side, side), mode="bilinear", antialias=True)[0] if own != side else sums
-            mean += sums.sum((1, 2)) / own**2
-            moment += products / own**2
-        mean = mean / len(self)
-        return Statistics((mean_image / len(self)).float(), moment / len(self) - mean[:, None] * mean)
+                images = map(self.image, mine[rows.start:rows.stop]) if own <= side else self.gather(mine[rows.start:rows.stop], side).numpy()
+                sums.merge(sums_of(images))
+        return sums
+
+    def _stored_sums(self) -> Sums | None:
+        """Those that were taken of all images in the store's folder when it was packed."""
+        with contextlib.suppress(Exception):       # numpy raises many kinds for a missing or damaged file; measuring mends it
+            sums = Sums.read(self.path / "sums.npz")
+            return sums if sums.count == sum(map(len, self.shelves)) else None
+        return None
 
     def save(self, path: str | Path) -> None:
         """Writes the store as a new folder `path`. FileExistsError if there is one."""
         with Writer(path, self.classes) as writer:
             for i in range(len(self)):
-                shelf, row = self.places[i]
-                writer.add(self.shelves[shelf][row], int(self.labels[i]))
+                writer.add(self.image(i), int(self.labels[i]))
 
     @staticmethod
     def open(path: str | Path, verify: bool = False) -> Store:
@@ -147,12 +181,11 @@ class Store:
         """
         path = Path(path)
         header = read_header(path)
-        shelves = [open_array(path, header, f"images-{side}.npy", np.uint8, (count, 3, side, side), verify)
-                   for side, count in zip(header["sides"], header["counts"], strict=True)]
-        total = sum(header["counts"])
-        labels = open_array(path, header, "labels.npy", np.int64, (total,), True)
-        places = open_array(path, header, "places.npy", np.int64, (total, 2), True)
-        return Store(shelves, np.array(labels), header["classes"], np.array(places), path)
+        shelves = open_shelves(path, header, verify)
+        total = sum(map(len, shelves))
+        labels, places = (np.array(open_array(path, name, np.int64, shape, header["checksums"].get(name)))
+                          for name, shape in (("labels.npy", (total,)), ("places.npy", (total, 2))))
+        return Store(shelves, labels, header["classes"], places, path)
 
 
 def _read_statistics(file: Path | None, side: int) -> Statistics | None:
