@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import tyro
 
-from alexnet_mp.checkpoint import read
+from alexnet_mp.checkpoint import read_to_resume
 from alexnet_mp.config import Config
 from alexnet_mp.presets import preset
 from alexnet_mp.requests import EvaluateRequest, PredictRequest
@@ -87,11 +87,19 @@ def _base(argv: list[str]) -> tuple[Config, Path | None]:
     if resume == LAST and not out:
         raise ValueError("--resume alone means OUT/last.pt: name the run's folder with --out, or the file with --resume FILE")
     path = Path(out or "", "last.pt") if resume == LAST else Path(resume)
-    stored = Config.from_dict(read(path)["config"])
+    stored = stored_config(path)
     if name is not None and name != stored.preset:
         raise ValueError(f"--preset {name}: {path} was trained with --preset {stored.preset}; leave the flag out to continue it")
     return stored.with_fields(resume=str(path), out=out or str(path.parent), device="auto", backend="auto", threads=0, column_ranks=0,
                               timeout=60.0, compile=False, deterministic=False, max_steps=0), path
+
+
+def stored_config(path: Path) -> Config:
+    """The configuration of the run that wrote the checkpoint `path`."""
+    try:
+        return Config.from_dict(read_to_resume(path)["config"])
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
 
 def _refuse_changes(config: Config, stored: Config, path: Path) -> None:

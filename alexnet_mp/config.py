@@ -131,12 +131,16 @@ class RunConfig:
     """Folder for the run's files; default runs/PRESET-DATA-TIME."""
     resume: str = ""
     """Continue from this checkpoint; the flag alone means OUT/last.pt."""
+    save_every: int = 0
+    """Steps between two saves of last.pt within an epoch; 0: at the ends of epochs only."""
+    keep: int = 0
+    """Checkpoints of the last N epochs to keep as epoch-0001.pt and so on, beside last.pt and best.pt."""
     timeout: float = 60.0
     """Seconds that one rank waits for another before it gives up."""
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, f"--seed {self.seed}: a number from 0 to 2**63 - 1")
-        check_not_negative(self, "threads", "column_ranks")
+        check_not_negative(self, "threads", "column_ranks", "save_every", "keep")
         check(0 < self.timeout < 1e6, f"--timeout {self.timeout}: a positive number of seconds")
 
 
