@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from alexnet_mp.data import Splits
 from alexnet_mp.distributed import Placement
 from alexnet_mp.model import PAPER_CLASSES, AlexNet
 
@@ -102,6 +104,25 @@ def check_first(batch: Any, model: nn.Module, placement: Placement) -> None:
         if batch_there != list(expected):
             raise ValueError(f"rank {rank} was given another first batch than rank {first}, which holds other columns of the same network: "
                              f"images {batch_there[0]}, labels {batch_there[2][:8]} against {expected[0]}, {expected[2][:8]}")
+
+
+def check_alike(placement: Placement, splits: Splits) -> None:
+    """ValueError, on all ranks alike, where they have loaded different images."""
+    mine = fingerprint(splits)
+    for rank, theirs in enumerate(everywhere := placement.gather(mine)):
+        if theirs != everywhere[0]:
+            raise ValueError(f"rank {rank} has other data than rank 0: {theirs[0]} images of {theirs[1]} classes (digest {theirs[2]}), "
+                             f"not {everywhere[0][0]} of {everywhere[0][1]} ({everywhere[0][2]}); do all hosts see the same --data-dir?")
+
+
+def fingerprint(splits: Splits) -> tuple[list[int], int, str]:
+    """(images of the three splits, classes, digest of all labels and of a few images of each)."""
+    digest, stores = hashlib.blake2b(digest_size=6), (splits.train, splits.val, splits.test)
+    for store in stores:
+        digest.update(repr(store.classes).encode() + store.labels.tobytes())
+        for index in np.linspace(0, max(len(store) - 1, 0), min(len(store), 8)).astype(int):
+            digest.update(store.gather([index], max(store.sides)).numpy().tobytes())
+    return [len(store) for store in stores], len(splits.train.classes), digest.hexdigest()
 
 
 def check_labels(labels: Tensor, classes: int, name: str) -> None:

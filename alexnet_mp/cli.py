@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ import tyro
 from alexnet_mp.checkpoint import read_to_resume
 from alexnet_mp.config import Config
 from alexnet_mp.presets import preset
+from alexnet_mp.rendezvous import launcher, restarts
 from alexnet_mp.requests import EvaluateRequest, PredictRequest
 
 LAST = "last"        # what `--resume` without a file stands for
@@ -47,6 +49,7 @@ def parse_train(argv: Sequence[str]) -> Config:
         at = argv.index("--resume") + 1
         if at == len(argv) or argv[at].startswith("--"):
             argv.insert(at, LAST)
+    argv = _continued(argv)
     try:
         base, checkpoint = _base(argv)
         # --resume has been read: what the flags change must not be changed back by it.
@@ -56,6 +59,21 @@ def parse_train(argv: Sequence[str]) -> Config:
     if checkpoint:
         _refuse_changes(config, base, checkpoint)
     return config
+
+
+def _continued(argv: list[str]) -> list[str]:
+    """`argv`, continuing OUT/last.pt where torchrun (--max-restarts) starts ranks again whose job has written it."""
+    out = value_of(argv, "--out")
+    if not restarts() or not out or not Path(out, "last.pt").exists():
+        return argv
+    try:
+        wrote = json.loads(Path(out, "config.json").read_text(encoding="utf-8"))["environment"]["launcher"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return argv
+    if wrote != launcher():
+        return argv                          # another run's folder, which the first start has refused too
+    kept = [word for before, word in zip(["", *argv], argv, strict=False) if "--resume" not in (before, word.partition("=")[0])]
+    return [*kept, "--resume", str(Path(out, "last.pt"))]
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluateRequest:

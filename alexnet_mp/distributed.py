@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_mp.config import Config, ModelConfig
 from alexnet_mp.exchange import GroupLink, Meter
+from alexnet_mp.heartbeat import Heartbeat
 from alexnet_mp.model import AlexNet
-from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, rendezvous, set_threads
+from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, launcher, rendezvous, set_threads, start_heartbeat
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Placement:
     mesh: Any = None
     store: dist.Store | None = None
     control: dist.ProcessGroup | None = None     # gloo over all ranks: flags, sums, checkpoints; never activations
+    heart: Heartbeat | None = None
     meter: Meter = field(default_factory=Meter)
     patient: dist.ProcessGroup | None = None     # the same without a time limit
     activity: str = "starting"                   # what this rank does, for its peers to say should it fall silent
@@ -181,6 +183,9 @@ class Placement:
 
     def close(self) -> None:
         """Leaves the process group; without it torch warns and some backends hang at exit."""
+        if self.heart is not None:
+            self.heart.stop()
+            self.heart = None
         if self.control is not None:
             dist.destroy_process_group()
             self.control = self.patient = None
@@ -204,8 +209,10 @@ def connect(config: Config, environment: Environment | None = None) -> Placement
     if environment.world_size == 1:
         if run.backend == "nccl" and device.type != "cuda":
             raise ValueError(f"--backend nccl: needs CUDA devices, this rank runs on {device.type}; use gloo or auto")
+        placement.heart = start_heartbeat(environment, run.timeout, lambda: placement.activity)
         return placement
     store = placement.store = rendezvous(environment, run.timeout)
+    placement.heart = start_heartbeat(environment, run.timeout, lambda: placement.activity)
     placement.backend = agree(store, environment, device, config)
     limit = timedelta(seconds=run.timeout)
     dist.init_process_group(placement.backend, store=dist.PrefixStore("world", store), rank=environment.rank,
@@ -222,4 +229,4 @@ def describe(placement: Placement) -> dict[str, Any]:
     device = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else platform.processor() or platform.machine()
     return {"torch": torch.__version__, "python": platform.python_version(), "device": str(placement.device), "device_name": device,
             "backend": placement.backend, "ranks": placement.world_size, "column_ranks": placement.column_ranks,
-            "data_ranks": placement.data_ranks, "threads": placement.threads}
+            "data_ranks": placement.data_ranks, "threads": placement.threads, "launcher": launcher()}

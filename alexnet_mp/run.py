@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from alexnet_mp import checkpoint
+from alexnet_mp.checks import check_alike
 from alexnet_mp.config import Config
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.distributed import Placement, connect, describe
@@ -20,6 +21,7 @@ from alexnet_mp.exchange import EVALUATION, TRAINING
 from alexnet_mp.lock import NAME as LOCK
 from alexnet_mp.lock import FolderLock
 from alexnet_mp.optim import build_optimizer
+from alexnet_mp.rendezvous import restarts
 from alexnet_mp.schedule import EarlyStopping, build_schedule
 from alexnet_mp.trainer import NonFiniteError, Stopped, Trainer
 
@@ -51,11 +53,13 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.say(self._introduction(config))
+        placement.activity = "loading the images"
         splits = load(config.data, config.run.seed, placement.alone, placement.main, config.data.resized_side(config.model.image_size))
         self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
         self.train_loader, self.val_loader, self.test_loader, self.augment = build_loaders(
             config, splits, data_rank=placement.data_rank, data_ranks=placement.data_ranks, device=placement.device)
         self.data = {"classes": list(splits.train.classes), "images": [len(splits.train), len(splits.val), len(splits.test)]}
+        check_alike(placement, splits)
         self.say(f"{config.data.data}: {len(self.data['classes'])} classes; {' / '.join(f'{n:,}' for n in self.data['images'])} images "
                  "to train / validate / test")
         self.model = placement.build_model(config.model, config.run.seed)
@@ -152,7 +156,8 @@ class Run:
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"{path}: the state of the loop in it cannot be continued ({type(error).__name__}: {error})") from None
         self._bring_best(Path(path))
-        self.say(f"resumed from {path}: {self.trainer.epoch} epochs and {self.trainer.batch} steps done")
+        again = f"started again by torchrun ({restarts()}): " if restarts() else ""
+        self.say(f"{again}resumed from {path}: {self.trainer.epoch} epochs and {self.trainer.batch} steps done")
 
     def _bring_best(self, path: Path) -> None:
         """Sees to it that this run's folder has the best weights so far, which need not be in `path`, the checkpoint that was resumed.
@@ -208,6 +213,7 @@ class Run:
         }
         place.on_main(lambda: self._write("result.json", result))
         if place.main:
+            place.activity = "drawing the curves"
             self._draw_curves()
         top5 = f", top-{min(5, self.config.model.classes)} {scores.top5:.2%}" if self.config.model.classes > 2 else ""
         self.say(f"test: loss {scores.loss:.4f}, accuracy {scores.top1:.2%}{top5} "

@@ -15,13 +15,13 @@ ROWS = [
     {"config"},
     {"presets", "layers", "exchange", "optim", "schedule", "precision", "summary", "crossing", "tally", "data"},
     {"model"},
-    {"rendezvous", "distributed", "evaluation", "lettering", "figures", "pictures"},
+    {"heartbeat", "rendezvous", "distributed", "evaluation", "lettering", "figures", "pictures"},
     {"checkpoint", "requests", "cli", "agreement", "checks", "hints", "curves"},
     {"trainer", "inference"},
     {"run", "console", "gallery"},
     {"__init__"},
 ]
-MAY_USE_PROCESS_GROUPS = {"exchange", "rendezvous", "distributed", "console"}
+MAY_USE_PROCESS_GROUPS = {"exchange", "heartbeat", "rendezvous", "distributed"}
 
 
 def modules() -> dict[str, Path]:
