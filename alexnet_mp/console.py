@@ -119,6 +119,8 @@ def _lost(error: RuntimeError) -> int:
     """A collective failed, mostly since another rank has ended: what that rank said, or was found to have died of, is the cause."""
     heart = heartbeat.current()
     cause = heart.wait_for_cause(3 * heart.interval + 1)
+    if cause is None and heart.store_lost and heart.own_store:
+        return fail(heartbeat.WITHOUT_STORE, 1, alike=True)
     if cause is None:
         return fail(f"lost another rank, or it did not answer within --timeout ({_first_line(error)})", 1)
     heartbeat.tell_torchrun(cause)

@@ -25,6 +25,8 @@ SILENCE = 0.75       # of --timeout, after which a silent rank counts as frozen
 GRACE = 5.0          # seconds that the main thread has to end by itself once a peer is known to be lost, e.g. to finish writing a file
 ORPHANED = 30.0      # seconds that a rank has to save and end once its launcher is gone: what torchrun itself gives
 
+WITHOUT_STORE = "rank 0 died, and with it the connection between the ranks"
+
 _current: list[Heartbeat] = []
 
 
@@ -73,6 +75,7 @@ class Heartbeat(threading.Thread):
         self.interval, self.limit = min(1.0, timeout / 10), SILENCE * timeout
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._ended, self._store_lock = threading.Event(), threading.Lock()
+        self.store_lost = self._said = False
         self._seen: dict[int, tuple[str, float]] = {}        # rank -> its last beat, and when it was new
         self._who: dict[int, dict[str, object]] = {}
 
@@ -148,26 +151,32 @@ class Heartbeat(threading.Thread):
 
     def cause(self) -> str | None:
         """What has been posted by whichever rank was first."""
-        if self.store is None:
+        if self.store is None or self.store_lost:
             return None
-        with contextlib.suppress(RuntimeError, ValueError), self._store_lock:
-            if self.store.check(["cause"]):
-                return self.store.get("cause").decode(errors="replace")
-        return None
+        try:
+            with self._store_lock:
+                return self.store.get("cause").decode(errors="replace") if self.store.check(["cause"]) else None
+        except (RuntimeError, ValueError):
+            self.store_lost = True
+            return None
 
     def post(self, message: str) -> tuple[bool, str]:
         """Posts why this rank ends: (whether it is the first and so should say it, the cause)."""
-        if self.store is not None:
+        if self.store is not None and not self.store_lost:
             mine = f"{message}\n{self.rank} {os.getpid()}"
-            with contextlib.suppress(RuntimeError, ValueError), self._store_lock:
-                first = self.store.compare_set("cause", "", mine).decode(errors="replace")
+            try:
+                with self._store_lock:
+                    first = self.store.compare_set("cause", "", mine).decode(errors="replace")
                 return first == mine, first.partition("\n")[0]
-        return True, message
+            except (RuntimeError, ValueError):
+                self.store_lost = True
+        said, self._said = self._said, True                  # by this rank: the others are beyond reach
+        return not said, message
 
     def wait_for_cause(self, seconds: float) -> str | None:
         """The posted cause, should there be one within `seconds`."""
         deadline = time.monotonic() + seconds
-        while (cause := self.cause()) is None and time.monotonic() < deadline:
+        while (cause := self.cause()) is None and not self.store_lost and time.monotonic() < deadline:
             time.sleep(0.05)
         return cause.partition("\n")[0] if cause else None
 
@@ -182,10 +191,11 @@ class Heartbeat(threading.Thread):
 
     def _store_lost(self, error: Exception) -> None:
         """The store is gone: with the launcher that kept it, or with rank 0."""
+        self.store_lost = True
         if self._ended.wait(self.interval):
             return
         if self.own_store and self.rank != 0:
-            self._end("rank 0 died, and with it the connection between the ranks")
+            self._end(WITHOUT_STORE)
         elif not self.own_store:
             self._orphaned()
 
