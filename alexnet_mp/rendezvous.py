@@ -121,16 +121,26 @@ def rendezvous(environment: Environment, timeout: float) -> dist.Store:
     try:
         store = _client(environment, timeout, master=rank == 0 and not by_torchrun())
         store.set(f"who/{rank}", identity())
-        store.set(f"arrived/{rank}", "1")
+        store.set(f"arrived/{rank}", str(size))
     except (dist.DistError, RuntimeError) as error:
         missing = f"rank 0 did not answer at {environment.address}:{environment.port}" if rank else f"port {environment.port} cannot be opened"
         raise ValueError(f"rank {rank} of {size} waited {timeout:g} s: {missing} ({_first_line(error)}); {HOW_TO_START}") from None
     try:
+        store.wait(["arrived/0"], timedelta(seconds=timeout))
+        _check_size(store, [0, rank])        # first, since a rank that expects more of them would wait for those
         store.wait([f"arrived/{other}" for other in range(size)], timedelta(seconds=timeout))
     except (dist.DistError, RuntimeError):
         absent = [str(other) for other in range(size) if not store.check([f"arrived/{other}"])]
         raise ValueError(f"rank {rank} of {size} waited {timeout:g} s for rank {', '.join(absent)}, which did not start; {HOW_TO_START}") from None
+    _check_size(store, list(range(size)))
     return store
+
+
+def _check_size(store: dist.Store, ranks: list[int]) -> None:
+    sizes = {rank: store.get(f"arrived/{rank}").decode() for rank in ranks}
+    for rank, size in sizes.items():
+        if size != sizes[0]:
+            raise ValueError(f"rank {rank} was started with WORLD_SIZE={size}, rank 0 with {sizes[0]}; {HOW_TO_START}")
 
 
 def start_heartbeat(environment: Environment, timeout: float, activity: Callable[[], str]) -> Heartbeat | None:
@@ -158,7 +168,7 @@ def agree(store: dist.Store, environment: Environment, device: torch.device, con
             "gpu": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "",
             "seed": config.run.seed, "config": flat(config)}
     store.set(f"here/{environment.rank}", json.dumps(mine))
-    ranks = [json.loads(store.get(f"here/{rank}")) for rank in range(environment.world_size)]
+    ranks = [_understood(rank, store.get(f"here/{rank}"), mine) for rank in range(environment.world_size)]
     for name, hint in (("device", " (is a GPU hidden from one of them? see CUDA_VISIBLE_DEVICES)"), ("torch", ""),
                        ("code", " (digests of alexnet_mp's sources: is it installed twice?)"), ("seed", ""), ("config", "")):
         for rank, other in enumerate(ranks):
@@ -177,6 +187,16 @@ def agree(store: dist.Store, environment: Environment, device: torch.device, con
     if shared and environment.rank == 0:
         print(f"{environment.world_size} ranks share {len(set(gpus))} GPU: exchanging through gloo and host memory")
     return asked if asked != "auto" else "nccl" if device.type == "cuda" and not shared else "gloo"
+
+
+def _understood(rank: int, message: bytes, like: dict[str, object]) -> dict[str, object]:
+    try:
+        there = json.loads(message)
+        if there.keys() == like.keys():
+            return there
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"rank {rank} says of itself what no rank of this program says; do all ranks run the same version of it?")
 
 
 ALIKE = ("precision", "compile", "deterministic", "column_ranks", "backend", "resume", "out", "save_every", "keep", "timeout")

@@ -20,6 +20,7 @@ from alexnet_mp.distributed import Placement, connect, describe
 from alexnet_mp.exchange import EVALUATION, TRAINING
 from alexnet_mp.lock import NAME as LOCK
 from alexnet_mp.lock import FolderLock
+from alexnet_mp.model import AlexNet
 from alexnet_mp.optim import build_optimizer
 from alexnet_mp.rendezvous import restarts
 from alexnet_mp.schedule import EarlyStopping, build_schedule
@@ -42,6 +43,16 @@ def run(config: Config, install_signals: Callable[[Trainer], None] | None = None
         one.lock.release()
     placement.close()        # not after an error: closing would reach the peers before the cause does, as "connection lost"
     return result
+
+
+def restore(content: dict[str, Any], model: AlexNet, trainer: Trainer, source: str | Path) -> None:
+    """Sets `trainer`, and its `model`, to where the checkpoint `content` was written. ValueError names `source` and what does not fit."""
+    checkpoint.load_model(content, model, source)
+    checkpoint.load_velocity(content, model, trainer.optimizer, source)
+    try:
+        trainer.load_state_dict(content["loop"])
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source}: the state of the loop in it cannot be continued ({type(error).__name__}: {error})") from None
 
 
 class Run:
@@ -149,12 +160,7 @@ class Run:
         if {name: content["data"][name] for name in self.data} != self.data:
             raise ValueError(f"--data-dir {self.config.data.data_dir}: {path} was trained on other data, {content['data']['images']} images of "
                              f"{len(content['data']['classes'])} classes, not {self.data['images']} of {len(self.data['classes'])}")
-        checkpoint.load_model(content, self.model, path)
-        checkpoint.load_velocity(content, self.model, self.trainer.optimizer, path)
-        try:
-            self.trainer.load_state_dict(content["loop"])
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{path}: the state of the loop in it cannot be continued ({type(error).__name__}: {error})") from None
+        restore(content, self.model, self.trainer, path)
         self._bring_best(Path(path))
         again = f"started again by torchrun ({restarts()}): " if restarts() else ""
         self.say(f"{again}resumed from {path}: {self.trainer.epoch} epochs and {self.trainer.batch} steps done")
