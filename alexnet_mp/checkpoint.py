@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,14 +46,19 @@ def save(path: Path, placement: Placement, model: AlexNet, optimizer: torch.opti
         content = {"format": FORMAT, "version": VERSION, "config": config.to_dict(), **whole, "loop": loop, "data": data}
         try:
             write_atomically(path, content)
-            for link in links:
-                link_atomically(path, link)
-            for old in epoch_files(path.parent)[keep:] if keep else ():
-                old.unlink(missing_ok=True)
+            link_and_prune(path, links, keep)
         except OSError as error:
             raise OSError(f"{path}: the checkpoint could not be written ({error.strerror or error}); the one before it is intact") from None
 
     placement.on_main(write)
+
+
+def link_and_prune(path: Path, links: tuple[Path, ...], keep: int) -> None:
+    """Makes each of `links` the same file as `path`; of its folder's epoch-NNNN.pt the newest `keep` stay, all where that is 0."""
+    for link in links:
+        link_atomically(path, link)
+    for old in epoch_files(path.parent)[keep:] if keep else ():
+        old.unlink(missing_ok=True)
 
 
 def epoch_files(folder: Path) -> list[Path]:
@@ -135,16 +141,20 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a file")
     try:       # not memory-mapped: a file that changes under a map kills the process
         _verify(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")              # what torch has to say of a foreign file is said in one line below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise ValueError(f"{path}: may not be read (permissions)") from None
     except Exception as error:           # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... for a damaged file
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path}: not a readable checkpoint, damaged or of another program ({reason[0][:100]})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    named = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(named, str) or named != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of alexnet_mp")
-    if content.get("version") != VERSION:
-        raise ValueError(f"{path}: a checkpoint of version {content.get('version')!r}; this program reads version {VERSION}")
+    if type(content.get("version")) is not int or content["version"] != VERSION:
+        found = " ".join(repr(content.get("version")).split())[:40]
+        raise ValueError(f"{path}: a checkpoint of version {found}; this program reads version {VERSION}")
     wrong = [name for name, kind in KINDS.items() if not isinstance(content.get(name), kind)]
     tensors = [*content["model"].items(), *content["velocity"].items()] if not wrong else []
     if wrong or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors):

@@ -114,10 +114,11 @@ def _base(argv: list[str]) -> tuple[Config, Path | None]:
 
 def stored_config(path: Path) -> Config:
     """The configuration of the run that wrote the checkpoint `path`."""
+    content = read_to_resume(path)
     try:
-        return Config.from_dict(read_to_resume(path)["config"])
+        return Config.from_dict(content["config"])
     except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _refuse_changes(config: Config, stored: Config, path: Path) -> None:

@@ -181,5 +181,5 @@ class Config:
             parts = {name: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
                      for name, kind in (("model", ModelConfig), ("data", DataConfig), ("recipe", RecipeConfig), ("run", RunConfig))}
             return Config(preset=values["preset"], **parts)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:      # a file may hold anything, tensors too
             raise ValueError(f"not a configuration of this version of alexnet_mp: {error}") from None

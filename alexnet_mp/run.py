@@ -45,14 +45,22 @@ def run(config: Config, install_signals: Callable[[Trainer], None] | None = None
     return result
 
 
+LOOP = {"epoch": int, "step": int, "batch": int, "history": list, "best": dict, "schedule": dict, "loss_scale": dict, "tally": dict}
+
+
 def restore(content: dict[str, Any], model: AlexNet, trainer: Trainer, source: str | Path) -> None:
     """Sets `trainer`, and its `model`, to where the checkpoint `content` was written. ValueError names `source` and what does not fit."""
+    loop = content["loop"]
+    wrong = [name for name, kind in LOOP.items() if type(loop.get(name)) is not kind or (kind is int and loop[name] < 0)]
+    if wrong or not all(isinstance(record, dict) for record in loop["history"]):
+        raise ValueError(f"{source}: the state of the loop in it cannot be continued ({', '.join(wrong) or 'history'})")
     checkpoint.load_model(content, model, source)
     checkpoint.load_velocity(content, model, trainer.optimizer, source)
     try:
-        trainer.load_state_dict(content["loop"])
+        trainer.load_state_dict(loop)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{source}: the state of the loop in it cannot be continued ({type(error).__name__}: {error})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise ValueError(f"{source}: the state of the loop in it cannot be continued ({reason})") from None
 
 
 class Run:
@@ -162,6 +170,7 @@ class Run:
                              f"{len(content['data']['classes'])} classes, not {self.data['images']} of {len(self.data['classes'])}")
         restore(content, self.model, self.trainer, path)
         self._bring_best(Path(path))
+        self._bring_epoch(Path(path))
         again = f"started again by torchrun ({restarts()}): " if restarts() else ""
         self.say(f"{again}resumed from {path}: {self.trainer.epoch} epochs and {self.trainer.batch} steps done")
 
@@ -188,6 +197,12 @@ class Run:
 
         if epoch is not None:
             self.placement.on_main(work)
+
+    def _bring_epoch(self, path: Path) -> None:
+        """The file of the epoch that `path` ends, should a kill have come between the two."""
+        trainer, keep = self.trainer, self.config.run.keep
+        if keep and trainer.epoch and not trainer.batch and path.parent == self.out:
+            self.placement.on_main(lambda: checkpoint.link_and_prune(path, (self.out / f"epoch-{trainer.epoch:04}.pt",), keep))
 
     def _save(self, record: dict[str, Any] | None = None, improved: bool = False) -> None:
         """last.pt as things stand; with the `record` of an epoch that has ended, its other files too."""

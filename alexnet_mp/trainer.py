@@ -130,6 +130,8 @@ class Trainer(Curves):
                    disable=None if self.verbose else True)
         batches_left = iter(bar)
         batch = next(batches_left, None)
+        if self.batch and batches:       # resumed within the epoch, perhaps after its last step: the rate that step had
+            self.schedule.advance(self.epoch + (self.batch - 1) / batches)
         if batch is not None and id(loader) not in self._checked:
             check_first(batch, self.model, self.placement)
             self._checked |= {id(loader)} if labels_of(loader) is not None else set()
