@@ -45,7 +45,8 @@ def contents(out: Path) -> dict[str, object]:
         found |= {f"{name} {part} {key}": value for part in ("model", "velocity") for key, value in content[part].items()}
         found[f"{name} step"] = content["loop"]["step"]
     found["history"] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in (out / "history.jsonl").read_text().splitlines()]
-    found["result"] = {k: v for k, v in json.loads((out / "result.json").read_text()).items() if "second" not in k}
+    # "exchange" is what the last process metered, which may have had no step left to train
+    found["result"] = {k: v for k, v in json.loads((out / "result.json").read_text()).items() if "second" not in k and k != "exchange"}
     return found
 
 
