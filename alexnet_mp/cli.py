@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -13,9 +14,10 @@ from typing import TypeVar
 
 import tyro
 
-from alexnet_mp.checkpoint import read
+from alexnet_mp.checkpoint import read_to_resume
 from alexnet_mp.config import Config
 from alexnet_mp.presets import preset
+from alexnet_mp.rendezvous import launcher, restarts
 from alexnet_mp.requests import EvaluateRequest, PackRequest, PredictRequest
 
 LAST = "last"        # what `--resume` without a file stands for
@@ -51,6 +53,7 @@ def parse_train(argv: Sequence[str]) -> Config:
         at = argv.index("--resume") + 1
         if at == len(argv) or argv[at].startswith("--"):
             argv.insert(at, LAST)
+    argv = _continued(argv)
     try:
         base, checkpoint = _base(argv)
         # --resume has been read: what the flags change must not be changed back by it.
@@ -60,6 +63,21 @@ def parse_train(argv: Sequence[str]) -> Config:
     if checkpoint:
         _refuse_changes(config, base, checkpoint)
     return config
+
+
+def _continued(argv: list[str]) -> list[str]:
+    """`argv`, continuing OUT/last.pt where torchrun (--max-restarts) starts ranks again whose job has written it."""
+    out = value_of(argv, "--out")
+    if not restarts() or not out or not Path(out, "last.pt").exists():
+        return argv
+    try:
+        wrote = json.loads(Path(out, "config.json").read_text(encoding="utf-8"))["environment"]["launcher"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return argv
+    if wrote != launcher():
+        return argv                          # another run's folder, which the first start has refused too
+    kept = [word for before, word in zip(["", *argv], argv, strict=False) if "--resume" not in (before, word.partition("=")[0])]
+    return [*kept, "--resume", str(Path(out, "last.pt"))]
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluateRequest:
@@ -96,11 +114,20 @@ def _base(argv: list[str]) -> tuple[Config, Path | None]:
     if resume == LAST and not out:
         raise ValueError("--resume alone means OUT/last.pt: name the run's folder with --out, or the file with --resume FILE")
     path = Path(out or "", "last.pt") if resume == LAST else Path(resume)
-    stored = Config.from_dict(read(path)["config"])
+    stored = stored_config(path)
     if name is not None and name != stored.preset:
         raise ValueError(f"--preset {name}: {path} was trained with --preset {stored.preset}; leave the flag out to continue it")
     return stored.with_fields(resume=str(path), out=out or str(path.parent), device="auto", backend="auto", threads=0, workers=0, column_ranks=0,
                               timeout=60.0, compile=False, deterministic=False, max_steps=0), path
+
+
+def stored_config(path: Path) -> Config:
+    """The configuration of the run that wrote the checkpoint `path`."""
+    content = read_to_resume(path)
+    try:
+        return Config.from_dict(content["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _refuse_changes(config: Config, stored: Config, path: Path) -> None:

@@ -137,12 +137,16 @@ class RunConfig:
     """Folder for the run's files; default runs/PRESET-DATA-TIME."""
     resume: str = ""
     """Continue from this checkpoint; the flag alone means OUT/last.pt."""
+    save_every: int = 0
+    """Steps between two saves of last.pt within an epoch; 0: at the ends of epochs only."""
+    keep: int = 0
+    """Checkpoints of the last N epochs to keep as epoch-0001.pt and so on, beside last.pt and best.pt."""
     timeout: float = 60.0
     """Seconds that one rank waits for another before it gives up."""
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, f"--seed {self.seed}: a number from 0 to 2**63 - 1")
-        check_not_negative(self, "threads", "workers", "column_ranks")
+        check_not_negative(self, "threads", "workers", "column_ranks", "save_every", "keep")
         check(0 < self.timeout < 1e6, f"--timeout {self.timeout}: a positive number of seconds")
 
 
@@ -183,5 +187,5 @@ class Config:
             parts = {name: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
                      for name, kind in (("model", ModelConfig), ("data", DataConfig), ("recipe", RecipeConfig), ("run", RunConfig))}
             return Config(preset=values["preset"], **parts)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:      # a file may hold anything, tensors too
             raise ValueError(f"not a configuration of this version of alexnet_mp: {error}") from None

@@ -10,23 +10,30 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
+from alexnet_mp import heartbeat
 from alexnet_mp.trainer import NonFiniteError, Trainer
 
 HEAD_START = 3.0     # seconds that rank 0 has to say what all ranks know, before another one speaks for itself
+CONNECTED = 0.5      # likewise once the ranks are connected, when a rank sees whether rank 0 has spoken
 LOST = ("connection", "timed out", "timeout", "gloo", "nccl", "socket", "peer", "store")   # words of torch's errors when a peer is gone
+ONE_PRESS = 0.3      # seconds within which a second SIGINT is the first one again, come by another way
 
 
 class Signals:
-    """SIGTERM and SIGINT end the run after the current step; a second SIGINT ends it at once."""
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) end the run after the current step; a second SIGINT ends it at once.
+
+    They are seen by a thread of their own: the main thread may be inside a collective, where Python's handlers wait until it returns.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -35,65 +42,102 @@ class Signals:
     def install(self, trainer: Trainer) -> None:
         """From now on signals ask `trainer` to stop."""
         self.trainer = trainer
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):                     # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), lambda number, frame: None)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.received = number
-        self.trainer.stop_requested = True
+    def _watch(self, reader: socket.socket) -> None:
+        first = None
+        while number := reader.recv(1)[0]:
+            now = time.monotonic()
+            if number == signal.SIGINT == self.received and now - first > ONE_PRESS:
+                os._exit(128 + signal.SIGINT)
+            if self.received is None or number == signal.SIGINT:
+                first = now
+            self.received = number
+            self.trainer.stop_requested = True
 
 
 def guarded(main: Callable[[], int]) -> NoReturn:
     """Runs `main` and exits with its code; errors that a user can cause become one line on the screen."""
     try:
         code = main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except BrokenPipeError:                  # whoever read our output has gone, as `| head` does
+        code = fail("the standard output was closed", 141) if heartbeat.current() else 141
     except NonFiniteError as error:
-        code = fail(error, 1)
+        code = fail(error, 1, alike=True)
     except (ValueError, OSError) as error:
         code = fail(error, 2)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         code = fail(f"out of memory: {_first_line(error)}; a smaller --batch-size needs less", 1)
     except RuntimeError as error:
-        if not dist.is_initialized() or not any(word in str(error).lower() for word in LOST):
-            raise
-        code = fail(f"lost another rank, or it did not answer within --timeout ({_first_line(error)})", 1)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        code = _lost(error) if any(word in str(error).lower() for word in LOST) and heartbeat.current() else _unexpected(error)
+    except BaseException as error:
+        code = _unexpected(error)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     # Not sys.exit: a gloo thread that still waits for a dead peer would keep the interpreter from ending.
     os._exit(code)
 
 
-def fail(error: BaseException | str, code: int) -> int:
-    """Says `error` once for all ranks: rank 0 speaks; another rank only if rank 0, given a head start, has not ended everything."""
+def fail(error: BaseException | str, code: int, alike: bool = False) -> int:
+    """Says `error` once for all ranks, unless another rank's was first: then that is the cause, and has been said.
+
+    `alike`: all ranks raise the same, which then is no rank's own.
+    """
     rank = os.environ.get("RANK", "0")
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     message = _first_line(error) if isinstance(error, BaseException) else error
+    heart = heartbeat.current()
     if rank != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(HEAD_START)
-        message = f"rank {rank}: {message}"
-    elif several and code == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)     # torchrun may end this rank while it waits
+        # What all ranks know, rank 0 says for all.
+        if heart:
+            heart.wait_for_cause(CONNECTED)
+        else:
+            time.sleep(HEAD_START)
+        message = message if alike else f"rank {rank}: {message}"
+    elif several and code == 1 and not alike:
         message = f"rank 0: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    _tell_torchrun(message)
+    first, cause = heart.post(message) if heart else (True, message)
+    if first:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    heartbeat.tell_torchrun(cause)
     return code
 
 
-def _tell_torchrun(message: str) -> None:
-    """Leaves the cause where torchrun looks for it, so that its own last lines end with the cause too."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return
-    content = {"message": {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}}
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-    except OSError:
-        pass                 # torchrun then says where to look; the line above has said it already
+def _lost(error: RuntimeError) -> int:
+    """A collective failed, mostly since another rank has ended: what that rank said, or was found to have died of, is the cause."""
+    heart = heartbeat.current()
+    cause = heart.wait_for_cause(3 * heart.interval + 1)
+    if cause is None and heart.store_lost and heart.own_store:
+        return fail(heartbeat.WITHOUT_STORE, 1, alike=True)
+    if cause is None:
+        return fail(f"lost another rank, or it did not answer within --timeout ({_first_line(error)})", 1)
+    heartbeat.tell_torchrun(cause)
+    return 1
+
+
+def _unexpected(error: BaseException) -> int:
+    """A fault of the program's: the whole traceback, of the rank where it began, and the cause once more below it."""
+    heart, several = heartbeat.current(), os.environ.get("WORLD_SIZE", "1") != "1"
+    message = f"{type(error).__name__}: {_first_line(error)}"
+    message = f"rank {os.environ.get('RANK', '0')}: {message}" if several else message
+    first, cause = heart.post(message) if heart else (True, message)
+    if first:
+        traceback.print_exception(error)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    heartbeat.tell_torchrun(cause)
+    return 1
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,6 @@ a data group. Ranks r = data * column_ranks + column, the row-major order of a d
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_mp.config import Config, ModelConfig
 from alexnet_mp.exchange import GroupLink, Meter
+from alexnet_mp.heartbeat import Heartbeat
 from alexnet_mp.model import AlexNet
 from alexnet_mp.networks import build_network
-from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, rendezvous, set_threads
+from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, launcher, rendezvous, set_threads, start_heartbeat
 
 
 @dataclass
@@ -39,8 +39,10 @@ class Placement:
     mesh: Any = None
     store: dist.Store | None = None
     control: dist.ProcessGroup | None = None     # gloo over all ranks: flags, sums, checkpoints; never activations
+    heart: Heartbeat | None = None
     meter: Meter = field(default_factory=Meter)
-    turns: int = 0                               # of `alone`, so that each has its own keys
+    patient: dist.ProcessGroup | None = None     # the same without a time limit
+    activity: str = "starting"                   # what this rank does, for its peers to say should it fall silent
 
     @property
     def rank(self) -> int:
@@ -94,6 +96,14 @@ class Placement:
 
         return arrive
 
+    def sum_on_device(self, values: Tensor) -> None:
+        """Adds up `values` over all ranks in place, on their device, without waiting for it; with one rank, or through NCCL."""
+        if self.control is None:
+            return
+        with self.meter.counting("control"):
+            self.meter.count("control", "forward", values, 1)
+        dist.all_reduce(values)
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` (any shape, on the CPU) over all ranks, the same on each."""
         return self.start_sum(values)()
@@ -104,10 +114,13 @@ class Placement:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (picklable), in rank order, on every rank."""
-        if self.control is None:
+        return self._gather(value, self.control)
+
+    def _gather(self, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+        if group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,14 +146,12 @@ class Placement:
     def alone(self, work: Callable[[], None]) -> None:
         """`work` on the first rank of each host while the others wait; its failure is raised on all ranks.
 
-        The wait has no time limit (a download may take hours); torchrun ends it if the working rank dies.
+        The wait has no time limit: a download may take hours.
         """
         if self.control is None:
             return work()
-        message = None
-        if self.environment.local_rank == 0:
-            message = self._attempt(work)
-        failures = [m for m in self._gather_patiently(message) if m]
+        message = self._attempt(work) if self.environment.local_rank == 0 else None
+        failures = [m for m in self.gather_patiently(message) if m]
         if failures:
             raise ValueError(failures[0])
 
@@ -152,19 +163,33 @@ class Placement:
             return str(error) or repr(error)
         return None
 
-    def _gather_patiently(self, message: str | None) -> list[str | None]:
-        # The store's wait, unlike a collective's, can be given its own limit without touching the group's.
-        store, self.turns = self.store, self.turns + 1
-        store.set(f"alone/{self.turns}/{self.rank}", json.dumps(message))
-        keys = [f"alone/{self.turns}/{rank}" for rank in range(self.world_size)]
-        store.wait(keys, timedelta(days=7))
-        return [json.loads(store.get(key)) for key in keys]
+    def gather_patiently(self, value: Any) -> list[Any]:
+        """As `gather`, without a time limit: whoever is waited for may download, pack or save for hours.
+
+        Peers that die or freeze meanwhile are noticed by their heartbeat.
+        """
+        return self._gather(value, self.patient)
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """`work` on the main rank while the others wait, however long; its OSError or ValueError is raised on all ranks alike."""
+        failure = None
+        if self.main:
+            try:
+                work()
+            except (OSError, ValueError) as error:
+                failure = ("OSError" if isinstance(error, OSError) else "ValueError", str(error) or repr(error))
+        failure = self.gather_patiently(failure)[0]
+        if failure:
+            raise (OSError if failure[0] == "OSError" else ValueError)(failure[1])
 
     def close(self) -> None:
         """Leaves the process group; without it torch warns and some backends hang at exit."""
+        if self.heart is not None:
+            self.heart.stop()
+            self.heart = None
         if self.control is not None:
             dist.destroy_process_group()
-            self.control = None
+            self.control = self.patient = None
 
 
 def connect(config: Config, environment: Environment | None = None) -> Placement:
@@ -185,8 +210,10 @@ def connect(config: Config, environment: Environment | None = None) -> Placement
     if environment.world_size == 1:
         if run.backend == "nccl" and device.type != "cuda":
             raise ValueError(f"--backend nccl: needs CUDA devices, this rank runs on {device.type}; use gloo or auto")
+        placement.heart = start_heartbeat(environment, run.timeout, lambda: placement.activity)
         return placement
     store = placement.store = rendezvous(environment, run.timeout)
+    placement.heart = start_heartbeat(environment, run.timeout, lambda: placement.activity)
     placement.backend = agree(store, environment, device, config)
     limit = timedelta(seconds=run.timeout)
     dist.init_process_group(placement.backend, store=dist.PrefixStore("world", store), rank=environment.rank,
@@ -194,6 +221,7 @@ def connect(config: Config, environment: Environment | None = None) -> Placement
     placement.mesh = dist.init_device_mesh("cuda" if placement.backend == "nccl" else "cpu", (placement.data_ranks, column_ranks),
                                            mesh_dim_names=("data", "column"))
     placement.control = dist.new_group(backend="gloo", timeout=limit)
+    placement.patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return placement
 
 
@@ -202,4 +230,4 @@ def describe(placement: Placement) -> dict[str, Any]:
     device = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else platform.processor() or platform.machine()
     return {"torch": torch.__version__, "python": platform.python_version(), "device": str(placement.device), "device_name": device,
             "backend": placement.backend, "ranks": placement.world_size, "column_ranks": placement.column_ranks,
-            "data_ranks": placement.data_ranks, "threads": placement.threads}
+            "data_ranks": placement.data_ranks, "threads": placement.threads, "launcher": launcher()}

@@ -44,7 +44,8 @@ class SGD2012(torch.optim.Optimizer):
             # is the rule above, with the velocity's sign turned.
             sgd(weights, [p.grad for p in weights], [self.descent(p) for p in weights], lr=1.0, dampening=1 - group["lr"],
                 momentum=group["momentum"], weight_decay=group["weight_decay"], nesterov=False, maximize=False,
-                fused=weights[0].device.type in FUSED, foreach=weights[0].device.type not in FUSED)
+                fused=weights[0].device.type in FUSED, foreach=weights[0].device.type not in FUSED,
+                found_inf=getattr(self, "found_inf", None))      # a tensor on the device: where it is not 0 the kernel changes nothing
         return loss
 
     def descent(self, parameter: nn.Parameter) -> Tensor:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from alexnet_mp.config import Config
+from alexnet_mp.heartbeat import Heartbeat, identity
 
-HOW_TO_START = "start with `torchrun --nproc_per_node=2 launch/train.py`, or with `python launch/train.py` after `unset RANK WORLD_SIZE`"
+SCRIPT = f"launch/{Path(sys.argv[0]).name if Path(sys.argv[0]).parent.name == 'launch' else 'train.py'}"
+HOW_TO_START = f"start with `torchrun --nproc_per_node=2 {SCRIPT}`, or with `python {SCRIPT}` after `unset RANK WORLD_SIZE`"
 
 
 @dataclass(frozen=True)
@@ -86,38 +92,92 @@ def choose_device(asked: str, environment: Environment) -> torch.device:
     return torch.device("mps" if mps and asked in ("auto", "mps") and environment.world_size == 1 else "cpu")
 
 
+def by_torchrun() -> bool:
+    """Whether the launcher keeps the store, so that it outlives every rank."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def restarts() -> int:
+    """How often torchrun has started this job's ranks again."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdigit() else 0
+
+
+def launcher() -> str:
+    """The job of torchrun's that this rank belongs to, the same after a restart; "" without torchrun."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"process {os.getppid()}" if job == "none" else job
+
+
+def _client(environment: Environment, timeout: float, master: bool) -> dist.Store:
+    store = dist.TCPStore(environment.address, environment.port, environment.world_size, is_master=master,
+                          timeout=timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"alexnet_mp/{restarts()}", store)
+
+
 def rendezvous(environment: Environment, timeout: float) -> dist.Store:
     """The store through which ranks find each other; all of them have arrived when it returns."""
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    limit, rank, size = timedelta(seconds=timeout), environment.rank, environment.world_size
+    rank, size = environment.rank, environment.world_size
     try:
-        store = dist.TCPStore(environment.address, environment.port, size, is_master=rank == 0 and not by_torchrun,
-                              timeout=limit, wait_for_workers=False, multi_tenant=True)
+        store = _client(environment, timeout, master=rank == 0 and not by_torchrun())
+        store.set(f"who/{rank}", identity())
+        store.set(f"arrived/{rank}", str(size))
     except (dist.DistError, RuntimeError) as error:
         missing = f"rank 0 did not answer at {environment.address}:{environment.port}" if rank else f"port {environment.port} cannot be opened"
         raise ValueError(f"rank {rank} of {size} waited {timeout:g} s: {missing} ({_first_line(error)}); {HOW_TO_START}") from None
-    store = dist.PrefixStore(f"alexnet_mp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    store.set(f"arrived/{rank}", "1")
     try:
-        store.wait([f"arrived/{other}" for other in range(size)], limit)
+        store.wait(["arrived/0"], timedelta(seconds=timeout))
+        _check_size(store, [0, rank])        # first, since a rank that expects more of them would wait for those
+        store.wait([f"arrived/{other}" for other in range(size)], timedelta(seconds=timeout))
     except (dist.DistError, RuntimeError):
         absent = [str(other) for other in range(size) if not store.check([f"arrived/{other}"])]
         raise ValueError(f"rank {rank} of {size} waited {timeout:g} s for rank {', '.join(absent)}, which did not start; {HOW_TO_START}") from None
+    _check_size(store, list(range(size)))
     return store
+
+
+def _check_size(store: dist.Store, ranks: list[int]) -> None:
+    sizes = {rank: store.get(f"arrived/{rank}").decode() for rank in ranks}
+    for rank, size in sizes.items():
+        if size != sizes[0]:
+            raise ValueError(f"rank {rank} was started with WORLD_SIZE={size}, rank 0 with {sizes[0]}; {HOW_TO_START}")
+
+
+def start_heartbeat(environment: Environment, timeout: float, activity: Callable[[], str]) -> Heartbeat | None:
+    """The thread that tells the others what this rank does, and watches them; with one rank of torchrun's, the launcher only."""
+    if environment.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    store = _client(environment, timeout, master=False) if environment.world_size > 1 else None
+    heart = Heartbeat(store, environment.rank, environment.world_size, timeout, activity, own_store=not by_torchrun())
+    heart.start()
+    return heart
+
+
+@functools.cache
+def code_version() -> str:
+    """A digest of the package's sources: ranks of two hosts may have two versions of them."""
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def agree(store: dist.Store, environment: Environment, device: torch.device, config: Config) -> str:
     """Compares what all ranks must have in common and picks the backend. ValueError, the same on all ranks, names who differs."""
-    mine = {"device": device.type, "torch": torch.__version__, "host": socket.gethostname(),
+    mine = {"device": device.type, "torch": torch.__version__, "code": code_version(), "host": socket.gethostname(),
             "gpu": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "",
-            "config": {k: v for k, v in config.to_dict().items() if k != "run"}, "seed": config.run.seed}
+            "seed": config.run.seed, "config": flat(config)}
     store.set(f"here/{environment.rank}", json.dumps(mine))
-    ranks = [json.loads(store.get(f"here/{rank}")) for rank in range(environment.world_size)]
-    for name, hint in (("device", " (is a GPU hidden from one of them? see CUDA_VISIBLE_DEVICES)"), ("torch", ""), ("seed", ""), ("config", "")):
+    ranks = [_understood(rank, store.get(f"here/{rank}"), mine) for rank in range(environment.world_size)]
+    for name, hint in (("device", " (is a GPU hidden from one of them? see CUDA_VISIBLE_DEVICES)"), ("torch", ""),
+                       ("code", " (digests of alexnet_mp's sources: is it installed twice?)"), ("seed", ""), ("config", "")):
         for rank, other in enumerate(ranks):
             if other[name] != ranks[0][name]:
-                values = "" if name == "config" else f": {ranks[0][name]} on rank 0, {other[name]} on rank {rank}"
-                raise ValueError(f"rank {rank} differs from rank 0 in {name}{values}{hint}")
+                here, there = ranks[0][name], other[name]
+                if name == "config":
+                    field = next(field for field in here if here[field] != there[field])
+                    name, here, there = f"--{field.replace('_', '-')}", here[field], there[field]
+                raise ValueError(f"rank {rank} differs from rank 0 in {name}: {here} on rank 0, {there} on rank {rank}{hint}")
     gpus = [(rank["host"], rank["gpu"]) for rank in ranks]
     shared = device.type == "cuda" and len(set(gpus)) < len(gpus)
     asked = config.run.backend
@@ -127,6 +187,26 @@ def agree(store: dist.Store, environment: Environment, device: torch.device, con
     if shared and environment.rank == 0:
         print(f"{environment.world_size} ranks share {len(set(gpus))} GPU: exchanging through gloo and host memory")
     return asked if asked != "auto" else "nccl" if device.type == "cuda" and not shared else "gloo"
+
+
+def _understood(rank: int, message: bytes, like: dict[str, object]) -> dict[str, object]:
+    try:
+        there = json.loads(message)
+        if there.keys() == like.keys():
+            return there
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"rank {rank} says of itself what no rank of this program says; do all ranks run the same version of it?")
+
+
+ALIKE = ("precision", "compile", "deterministic", "column_ranks", "backend", "resume", "out", "save_every", "keep", "timeout")
+"""Fields of the run that must agree: what one rank does by them, another waits for."""
+
+
+def flat(config: Config) -> dict[str, object]:
+    """The fields that all ranks must have in common, by name."""
+    parts = config.to_dict()
+    return {"preset": config.preset} | parts["model"] | parts["data"] | parts["recipe"] | {name: parts["run"][name] for name in ALIKE}
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,18 @@ import torch
 from torch import nn
 
 from alexnet_mp import checkpoint
+from alexnet_mp.checks import check_alike
 from alexnet_mp.config import Config
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.distributed import Placement, connect, describe
 from alexnet_mp.exchange import EVALUATION, TRAINING
+from alexnet_mp.lock import NAME as LOCK
+from alexnet_mp.lock import FolderLock
+from alexnet_mp.model import AlexNet
 from alexnet_mp.optim import build_optimizer
+from alexnet_mp.rendezvous import restarts
 from alexnet_mp.schedule import EarlyStopping, build_schedule
-from alexnet_mp.trainer import NonFiniteError, Trainer
+from alexnet_mp.trainer import NonFiniteError, Stopped, Trainer
 
 
 def run(config: Config, install_signals: Callable[[Trainer], None] | None = None) -> dict[str, Any]:
@@ -32,9 +36,31 @@ def run(config: Config, install_signals: Callable[[Trainer], None] | None = None
     diverged run, with last.pt from before the step.
     """
     placement = connect(config)
-    result = Run(config, placement).go(install_signals)
+    one = Run(config, placement)
+    try:
+        result = one.go(install_signals)
+    finally:
+        one.lock.release()
     placement.close()        # not after an error: closing would reach the peers before the cause does, as "connection lost"
     return result
+
+
+LOOP = {"epoch": int, "step": int, "batch": int, "history": list, "best": dict, "schedule": dict, "loss_scale": dict, "tally": dict}
+
+
+def restore(content: dict[str, Any], model: AlexNet, trainer: Trainer, source: str | Path) -> None:
+    """Sets `trainer`, and its `model`, to where the checkpoint `content` was written. ValueError names `source` and what does not fit."""
+    loop = content["loop"]
+    wrong = [name for name, kind in LOOP.items() if type(loop.get(name)) is not kind or (kind is int and loop[name] < 0)]
+    if wrong or not all(isinstance(record, dict) for record in loop["history"]):
+        raise ValueError(f"{source}: the state of the loop in it cannot be continued ({', '.join(wrong) or 'history'})")
+    checkpoint.load_model(content, model, source)
+    checkpoint.load_velocity(content, model, trainer.optimizer, source)
+    try:
+        trainer.load_state_dict(loop)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise ValueError(f"{source}: the state of the loop in it cannot be continued ({reason})") from None
 
 
 class Run:
@@ -46,11 +72,13 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.say(self._introduction(config))
+        placement.activity = "loading the images"
         splits = load(config.data, config.run.seed, placement.alone, placement.main, config.data.resized_side(config.model.image_size))
         self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
         self.train_loader, self.val_loader, self.test_loader, self.augment = build_loaders(
             config, splits, data_rank=placement.data_rank, data_ranks=placement.data_ranks, device=placement.device)
         self.data = {"classes": list(splits.train.classes), "images": [len(splits.train), len(splits.val), len(splits.test)]}
+        check_alike(placement, splits)
         self.say(f"{config.data.data}: {len(self.data['classes'])} classes; {' / '.join(f'{n:,}' for n in self.data['images'])} images "
                  "to train / validate / test")
         self.model = placement.build_model(config.model, config.run.seed)
@@ -62,9 +90,10 @@ class Run:
             schedule=build_schedule(optimizer, config.recipe),
             early_stopping=EarlyStopping(config.recipe.patience, delta=config.recipe.delta) if config.recipe.patience else None,
             placement=placement, precision=config.run.precision, seed=config.run.seed, max_steps=config.recipe.max_steps)
-        self.trainer.on_epoch = self._end_epoch
+        self.trainer.on_epoch = self._save
+        self.trainer.save_every, self.trainer.on_save = config.run.save_every, self._save
         self.out = Path(config.run.out or f"runs/{config.preset}-{config.data.data}-{self._start_time()}")
-        self.started = time.perf_counter()
+        self.lock = FolderLock(self.out)
 
     def go(self, install_signals: Callable[[Trainer], None] | None = None) -> dict[str, Any]:
         """Trains, then tests the best weights, once, on images that no decision was made on."""
@@ -72,20 +101,23 @@ class Run:
         trainer, recipe = self.trainer, self.config.recipe
         if self.config.run.resume:
             self._resume()
-        self._write_history()
+        self.placement.on_main(self._write_history)
         if install_signals:
             install_signals(trainer)
         try:
             trainer.train(self.train_loader, self.val_loader, max(recipe.epochs - trainer.epoch, 0) if not trainer.out_of_steps else 0)
         except NonFiniteError:
-            self._save(improved=False)
+            self._save()
             raise
         if trainer.batch or not trainer.history:
-            self._save(improved=False)       # within an epoch: the epochs before it have been saved as they ended
-        if trainer.stopping:
+            self._save()                     # within an epoch: the epochs before it have been saved as they ended
+        try:
+            if trainer.stopping:
+                raise Stopped
+            return self._finish()
+        except Stopped:
             self.say(f"stopped at step {trainer.step}, saved; continue with the same command and --out {self.out} --resume")
             return {"stopped": True, "out": str(self.out)}
-        return self._finish()
 
     def say(self, text: str) -> None:
         """Prints on the main rank."""
@@ -106,19 +138,29 @@ class Run:
 
     def _open_folder(self) -> None:
         """Makes the folder and writes config.json; ValueError on all ranks where that cannot be or would overwrite another run."""
-        failure = None
-        if self.placement.main:
+        def work() -> None:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
+                self.lock.take()
                 if not self.config.run.resume and (self.out / "last.pt").exists():
                     raise OSError("holds another run's last.pt; continue that one with --resume, or name another folder")
-                content = {"config": self.config.to_dict(), "environment": describe(self.placement), "data": self.data}
-                (self.out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                self._write("config.json", {"config": self.config.to_dict(), "environment": describe(self.placement), "data": self.data})
             except OSError as error:
-                failure = f"--out {self.out}: {error.strerror or error}"
-        failure = self.placement.gather(failure)[0]
-        if failure:
-            raise ValueError(failure)
+                raise ValueError(f"--out {self.out}: {error.strerror or error}") from None
+
+        self.placement.on_main(work)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        self._write_text(name, json.dumps(content, indent=1) + "\n")
+
+    def _write_text(self, name: str, text: str) -> None:
+        """A file of the folder, whole or as it was; OSError naming it."""
+        temporary = self.out / f"{name}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.out / name)
+        except OSError as error:
+            raise OSError(f"{self.out / name}: could not be written ({error.strerror or error})") from None
 
     def _resume(self) -> None:
         path = self.config.run.resume
@@ -126,44 +168,56 @@ class Run:
         if {name: content["data"][name] for name in self.data} != self.data:
             raise ValueError(f"--data-dir {self.config.data.data_dir}: {path} was trained on other data, {content['data']['images']} images of "
                              f"{len(content['data']['classes'])} classes, not {self.data['images']} of {len(self.data['classes'])}")
-        checkpoint.load_model(content, self.model, path)
-        checkpoint.load_velocity(content, self.model, self.trainer.optimizer)
-        self.trainer.load_state_dict(content["loop"])
-        self._bring_best(Path(path).with_name("best.pt"))
-        self.say(f"resumed from {path}: {self.trainer.epoch} epochs and {self.trainer.batch} steps done")
+        restore(content, self.model, self.trainer, path)
+        self._bring_best(Path(path))
+        self._bring_epoch(Path(path))
+        again = f"started again by torchrun ({restarts()}): " if restarts() else ""
+        self.say(f"{again}resumed from {path}: {self.trainer.epoch} epochs and {self.trainer.batch} steps done")
 
-    def _bring_best(self, beside: Path) -> None:
-        """Sees to it that this run's folder has the best weights so far, which are not in the checkpoint that was resumed."""
-        epoch, best, failure = self.trainer.best["epoch"], self.out / "best.pt", None
-        if self.placement.main and epoch is not None:
-            try:
-                if not best.exists():
-                    shutil.copyfile(beside, best)
-                found = checkpoint.read(best)["loop"]["epoch"]
-                if found != epoch:
-                    failure = f"{best}: is of epoch {found}, but the run that is resumed has its best weights from epoch {epoch}; name another --out"
-            except (OSError, ValueError) as error:
-                failure = f"--resume: the best weights so far, of epoch {epoch}, should be beside the checkpoint ({error})"
-        failure = self.placement.gather(failure)[0]
-        if failure:
-            raise ValueError(failure)
+    def _bring_best(self, path: Path) -> None:
+        """Sees to it that this run's folder has the best weights so far, which need not be in `path`, the checkpoint that was resumed.
 
-    def _end_epoch(self, record: dict[str, Any], improved: bool) -> None:
-        self._write_history()
-        self._save(improved)
+        A kill between last.pt and best.pt leaves them in last.pt; whoever goes back to an older epoch may have them in that epoch's file.
+        """
+        epoch, best = self.trainer.best["epoch"], self.out / "best.pt"
 
-    def _save(self, improved: bool) -> None:
-        trainer, statistics = self.trainer, self.augment.statistics
+        def work() -> None:
+            reasons = []
+            for source in (best, path, path.with_name("best.pt"), path.with_name(f"epoch-{epoch:04}.pt")):
+                try:
+                    loop = checkpoint.read(source)["loop"]
+                    if (loop["epoch"], loop["batch"]) == (epoch, 0):
+                        if source != best:
+                            checkpoint.link_atomically(source, best)
+                        return
+                except (OSError, ValueError) as error:
+                    reasons.append(str(error))
+            raise ValueError(f"--resume: the best weights so far, of epoch {epoch}, should be beside the checkpoint as best.pt"
+                             + (f" ({reasons[0]})" if reasons else ""))
+
+        if epoch is not None:
+            self.placement.on_main(work)
+
+    def _bring_epoch(self, path: Path) -> None:
+        """The file of the epoch that `path` ends, should a kill have come between the two."""
+        trainer, keep = self.trainer, self.config.run.keep
+        if keep and trainer.epoch and not trainer.batch and path.parent == self.out:
+            self.placement.on_main(lambda: checkpoint.link_and_prune(path, (self.out / f"epoch-{trainer.epoch:04}.pt",), keep))
+
+    def _save(self, record: dict[str, Any] | None = None, improved: bool = False) -> None:
+        """last.pt as things stand; with the `record` of an epoch that has ended, its other files too."""
+        trainer, statistics, keep = self.trainer, self.augment.statistics, self.config.run.keep
+        self.placement.activity = f"saving after step {trainer.step}"
+        if self.placement.main and not self.out.is_dir():
+            self.say(f"{self.out} has vanished and is made again; what it held is lost, best.pt too")
         data = self.data | {"statistics": vars(statistics) if statistics else None}
+        links = [self.out / "best.pt"] * improved + [self.out / f"epoch-{trainer.epoch:04}.pt"] * bool(record and keep)
         checkpoint.save(self.out / "last.pt", self.placement, self.model, trainer.optimizer, self.config, trainer.state_dict(), data,
-                        self.out / "best.pt" if improved else None)
+                        links=tuple(links), keep=keep)
+        self.placement.on_main(self._write_history)
 
     def _write_history(self) -> None:
-        if self.placement.main:
-            lines = [json.dumps(record) + "\n" for record in self.trainer.history]
-            temporary = self.out / "history.jsonl.tmp"
-            temporary.write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, self.out / "history.jsonl")
+        self._write_text("history.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history))
 
     def _finish(self) -> dict[str, Any]:
         trainer, place = self.trainer, self.placement
@@ -178,13 +232,14 @@ class Run:
             "images_per_second": trainer.history[-1]["images_per_second"] if trainer.history else None,
             "ranks": place.world_size, "device": str(place.device), "precision": self.config.run.precision, "exchange": self._exchange(),
         }
+        place.on_main(lambda: self._write("result.json", result))
         if place.main:
-            (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            place.activity = "drawing the curves"
             self._draw_curves()
         top5 = f", top-{min(5, self.config.model.classes)} {scores.top5:.2%}" if self.config.model.classes > 2 else ""
         self.say(f"test: loss {scores.loss:.4f}, accuracy {scores.top1:.2%}{top5} "
                  f"({scores.images:,} images, weights of {'epoch ' + str(trainer.best['epoch']) if trainer.best['epoch'] else 'the last step'})")
-        self.say(f"files in {self.out}: " + "  ".join(sorted(path.name for path in self.out.iterdir())))
+        self.say(f"files in {self.out}: " + "  ".join(sorted(path.name for path in self.out.iterdir() if path.name != LOCK)))
         return result
 
     def _exchange(self) -> dict[str, Any]:

@@ -16,16 +16,15 @@ class Tally:
         self.steps, self.grad_norm, self.seconds = 0, 0.0, 0.0
         # float64 sums lose nothing over an epoch; MPS has no float64
         self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)      # loss, correct, images
-        self._unconfirmed = self.sums
 
-    def propose(self, loss_sum: Tensor, correct: Tensor, images: int) -> None:
+    def counts(self, loss_sum: Tensor, correct: Tensor, images: int) -> Tensor:
         """The sums of a step that is not yet known to count."""
-        counts = (loss_sum, correct, torch.tensor(images, device=self.sums.device))
-        self._unconfirmed = torch.stack([count.detach().to(self.sums.dtype) for count in counts])
+        values = (loss_sum, correct, torch.tensor(images, device=self.sums.device))
+        return torch.stack([value.detach().to(self.sums.dtype) for value in values])
 
-    def confirm(self, grad_norm: float) -> None:
-        """The step that was proposed counts."""
-        self.sums += self._unconfirmed
+    def confirm(self, counts: Tensor, grad_norm: float) -> None:
+        """The step of these `counts` counts."""
+        self.sums += counts
         self.steps, self.grad_norm = self.steps + 1, self.grad_norm + grad_norm
 
     def mean_loss(self) -> float:

@@ -11,15 +11,18 @@ import time
 from collections.abc import Callable, Sized
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
+from alexnet_mp.agreement import Agreement, NonFiniteError, Step, Stopped, until_stopped
+from alexnet_mp.checks import check_first, check_labels, check_loader, labels_of
+from alexnet_mp.curves import Curves
 from alexnet_mp.distributed import Environment, Placement
 from alexnet_mp.evaluation import Scores, evaluate, topk_correct
 from alexnet_mp.exchange import EVALUATION
+from alexnet_mp.hints import Hints
 from alexnet_mp.layers import dropout_keys
 from alexnet_mp.model import AlexNet
 from alexnet_mp.precision import LossScale, autocast
@@ -28,11 +31,7 @@ from alexnet_mp.summary import EPOCH_HEAD, epoch_line
 from alexnet_mp.tally import Tally
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss or a gradient stopped being a number; the weights are those from before that step."""
-
-
-class Trainer:
+class Trainer(Curves):
     """Trains `model`, watches the validation loss, keeps the best weights.
 
     The first five arguments are the tutorial's: a module that gives logits, a loss, an optimiser, a device, and the
@@ -61,46 +60,43 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"val_loss": math.inf, "epoch": None}
         self.stop_requested = False                  # of this rank, set from a signal handler
-        self.stopping = False                        # what the ranks made of their requests, the same on all, after each step
+        self.stopping = False                        # what the ranks made of their requests, the same on all
         self.images_seen = 0                         # by this process, for the meter's figures per image
         self.largest_step_bytes = 0
         self.on_epoch: Callable[[dict[str, Any], bool], None] | None = None
+        self.save_every, self.on_save = 0, lambda: None      # steps between two saves within an epoch, by whoever keeps checkpoints
         self._best_weights: dict[str, Tensor] | None = None
         self.tally = Tally(self.device)
+        self.agreement, self.hints = Agreement(self.placement, self.model, optimizer, precision), Hints(self.model)
+        self._unsettled: tuple[Step, Tensor] | None = None      # the step before, where its outcome is read a step later
+        self._checked: set[int] = set()              # loaders whose first batch has been looked at
 
     @property
     def scheduler(self) -> ReduceLROnPlateau | None:
         """The plateau rule behind the schedule, where it is one (the tutorial's name)."""
         return getattr(self.schedule, "plateau", None)
 
-    @property
-    def train_losses(self) -> list[float]:
-        return [record["train_loss"] for record in self.history]
-
-    @property
-    def val_losses(self) -> list[float]:
-        return [record["val_loss"] for record in self.history]
-
-    @property
-    def gradient_norms(self) -> list[float]:
-        return [record["grad_norm"] for record in self.history]
-
     def train(self, train_loader: Any, val_loader: Any, epochs: int) -> list[dict[str, Any]]:
         """Trains for `epochs` more epochs or until a reason to stop; returns the history, one dictionary per epoch.
 
         Afterwards the model has the weights of the best epoch, unless `on_epoch` has been set to keep them elsewhere.
-        Raises ValueError for a loader without batches, NonFiniteError where the loss or a gradient is not finite.
+        Raises ValueError, before the first step, for a loader without batches or with labels or images that the network cannot take;
+        NonFiniteError where the loss or a gradient is not finite.
         """
         for loader, name in ((train_loader, "training"), (val_loader, "validation")):
             if isinstance(loader, Sized) and not len(loader):
                 raise ValueError(f"the {name} loader has no batches: fewer images than a batch with drop_last, or none at all")
+            check_loader(loader, name, self.model)
         last = self.epoch + epochs
         if self.verbose and epochs:
             print(EPOCH_HEAD, flush=True)
         while self.epoch < last and not self.stopped_early:
             if not self._train_epoch(train_loader):
                 break
-            self._end_epoch(self.scores(val_loader))
+            try:
+                self._end_epoch(self.scores(val_loader))
+            except Stopped:                          # the epoch has not ended: a resumed run begins with its validation
+                break
             if self.out_of_steps or self.stopping:
                 break
         if self.stopped_early and self.verbose:
@@ -129,23 +125,36 @@ class Trainer:
             loader.set_epoch(self.epoch, self.batch)
         elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
             loader.sampler.set_epoch(self.epoch)
-        started = time.perf_counter()
+        clock = time.perf_counter()
         bar = tqdm(loader, f"epoch {self.epoch + 1}", total=batches, initial=self.batch, unit="step", leave=False,
                    disable=None if self.verbose else True)
         batches_left = iter(bar)
         batch = next(batches_left, None)
+        if self.batch and batches:       # resumed within the epoch, perhaps after its last step: the rate that step had
+            self.schedule.advance(self.epoch + (self.batch - 1) / batches)
+        if batch is not None and id(loader) not in self._checked:
+            check_first(batch, self.model, self.placement)
+            self._checked |= {id(loader)} if labels_of(loader) is not None else set()
         while batch is not None:
             self.schedule.advance(self.epoch + (self.batch / batches if batches else 0))
-            decision = self._gradients(batch)
+            self.placement.activity = f"step {self.step + 1}"
+            step = self._gradients(batch, labels_known=id(loader) in self._checked)
             batch = next(batches_left, None)         # prepared while the ranks' flags are on their way
-            self._update(decision())
+            self._update(*step)
             if bar.disable is False and self.step % 10 == 0:
                 bar.set_postfix_str(f"loss {self.tally.mean_loss():.3f}")
-            if (self.stopping or self.out_of_steps) and self.batch != batches:
-                self.tally.seconds += time.perf_counter() - started
+            stop = self.stopping or self.out_of_steps
+            save = self.save_every and self.step % self.save_every == 0
+            if stop or save or self.batch == batches:
+                self._drain()
+                self.tally.seconds, clock = self.tally.seconds + time.perf_counter() - clock, time.perf_counter()
+            if stop and self.batch != batches:
                 return False
+            if save and self.batch != batches:
+                self.on_save()
+        self._drain()
         bar.close()
-        self.tally.seconds += time.perf_counter() - started
+        self.tally.seconds += time.perf_counter() - clock
         if not self.tally.steps:
             raise ValueError("the training loader gave no batches")
         return True
@@ -158,8 +167,8 @@ class Trainer:
                 p.requires_grad_(not self.schedule.frozen)
             self.replica = self.placement.parallel(self.model)      # DistributedDataParallel asks once which gradients it will get
 
-    def _gradients(self, batch: Any) -> Callable[[], float]:
-        """Forward and backward of one batch; the callable waits for all ranks' flags and gives the squared gradient norm (see `_agree`)."""
+    def _gradients(self, batch: Any, labels_known: bool = False) -> tuple[Step, Tensor]:
+        """Forward and backward of one batch: its step, whose flags are on their way, and what it adds to the epoch's sums."""
         images, labels = batch[0].to(self.device, non_blocking=True), batch[1].to(self.device, non_blocking=True)
         rows, first_row = getattr(batch, "rows", len(labels)), getattr(batch, "first_row", 0)
         sent_before = self.placement.meter.total_bytes()
@@ -167,54 +176,54 @@ class Trainer:
         with autocast(self.device, self.precision):
             logits = self.replica(images, *self._keys(images, first_row))
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if not labels_known:
+            check_labels(batch[1], logits.shape[1], "training")
         loss = self.criterion(logits, labels)
         # The sum over this rank's rows, divided by the whole batch: right for uneven tails too. DDP averages its ranks' gradients, so that is undone.
         share = loss / rows * self.placement.data_ranks if self.summed else loss
         (share * self.loss_scale.scale).backward()
         self.largest_step_bytes = max(self.largest_step_bytes, self.placement.meter.total_bytes() - sent_before)
-        decision = self._agree(loss)
-        self.tally.propose(loss * (1 if self.summed else len(labels)), topk_correct(logits, labels, 1), len(labels))
+        step = self.agreement.start(self.step + 1, self.epoch + 1, self.lr, loss, self.loss_scale.scale, self.stop_requested)
+        self.hints.see(step.names, step.norms, logits.shape[1])
         self.images_seen += rows
-        return decision
+        return step, self.tally.counts(loss * (1 if self.summed else len(labels)), topk_correct(logits, labels, 1), len(labels))
 
-    def _update(self, squared_norm: float) -> None:
-        """The optimiser's step, unless fp16's gradients overflowed."""
-        taken = self.loss_scale.update(squared_norm)
-        if taken:
+    def _update(self, step: Step, counts: Tensor) -> None:
+        """The optimiser's step, unless something is not finite. Where the device sees to that itself, the step before is settled now."""
+        if not self.agreement.deferred:
+            self._settle(step, counts)
+            self.step, self.batch = self.step + 1, self.batch + 1
+            return
+        self.optimizer.step()
+        self.step, self.batch = self.step + 1, self.batch + 1
+        self._drain()
+        self._unsettled = (step, counts)
+
+    def _drain(self) -> None:
+        """After it, every step that was counted is known to count."""
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled:
+            self._settle(*unsettled)
+
+    def _settle(self, step: Step, counts: Tensor) -> None:
+        try:
+            squared, self.stopping = self.agreement.settle(step, self.loss_scale.active, self.loss_scale.exhausted)
+        except NonFiniteError:
+            self.batch -= self.step - (step.number - 1)      # where one more had begun, its update was suppressed as well
+            self.step = step.number - 1
+            raise
+        taken = self.loss_scale.update(squared)
+        if taken and not self.agreement.deferred:
             if self.loss_scale.scale != 1:
                 torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.loss_scale.scale)
             self.optimizer.step()
-        self.step, self.batch = self.step + 1, self.batch + 1
-        self.tally.confirm(math.sqrt(squared_norm) if taken else 0.0)
+        self.tally.confirm(counts, math.sqrt(squared) if taken else 0.0)
 
     def _keys(self, images: Tensor, first_row: int) -> tuple[Tensor, ...]:
         """The dropout keys of these rows for our own network; other modules take images only."""
         if not isinstance(self.model, AlexNet):
             return ()
         return (dropout_keys(self.seed, self.step, torch.arange(first_row, first_row + len(images), device=self.device)),)
-
-    def _agree(self, loss: Tensor) -> Callable[[], float]:
-        """What all ranks must know before the update: the squared gradient norm, and whether one wants to stop. The callable waits for it.
-
-        It raises NonFiniteError on all ranks if the loss of any, or the norm, is not finite (fp16: if a smaller scale does not help).
-        """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
-        squared = norms.double().square().sum().item() / self.loss_scale.scale**2
-        finite = math.isfinite(loss.item())
-        mine = torch.tensor([squared / self.placement.data_ranks, float(not finite), float(self.stop_requested)], dtype=torch.float64)
-        arrive = self.placement.start_sum(mine)
-
-        def decision() -> float:
-            squared, not_finite, stop = arrive().tolist()
-            self.stopping = stop > 0
-            if not_finite or (not math.isfinite(squared) and not self.loss_scale.active) or self.loss_scale.exhausted:
-                what = "the loss" if not_finite else "a gradient"
-                raise NonFiniteError(f"step {self.step + 1} (epoch {self.epoch + 1}): {what} is not finite, so the step was not taken; "
-                                     f"lr {self.lr:g} may be too high for this network and data")
-            return squared
-
-        return decision
 
     @property
     def lr(self) -> float:
@@ -241,18 +250,22 @@ class Trainer:
             self.best = {"val_loss": scores.loss, "epoch": self.epoch}
         if self.verbose:
             print(epoch_line(record) + ("  best" if improved else ""), flush=True)
+        dead = {column: layers for here in self.placement.gather(self.hints.dead_layers()) for column, layers in here.items()}
+        for line in self.hints.after_epoch(self.epoch, record["train_loss"], dead):
+            if self.verbose:
+                print(line, flush=True)
         if self.on_epoch is not None:
             self.on_epoch(record, improved)
         elif improved:
             self._best_weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     def scores(self, loader: Any) -> Scores:
-        """Loss, top-1 and top-5 over `loader`, of the weights that the model has now."""
-        started = time.perf_counter()
+        """Loss, top-1 and top-5 over `loader`, of the weights that the model has now. Raises Stopped if a rank is asked to stop."""
+        started, self.placement.activity = time.perf_counter(), f"validation after step {self.step}"
         bar = tqdm(loader, "validation", unit="batch", leave=False, disable=None if self.verbose else True)
         with self.placement.meter.counting(EVALUATION):
-            scores = evaluate(self.model, bar, device=self.device, criterion=self.criterion, reduce=self.placement.sum_over_copies,
-                              precision=lambda: autocast(self.device, self.precision))
+            scores = evaluate(self.model, until_stopped(bar, self), device=self.device, criterion=self.criterion,
+                              reduce=self.placement.sum_over_copies, precision=lambda: autocast(self.device, self.precision))
         self._validation_seconds = time.perf_counter() - started
         return scores
 
@@ -263,17 +276,6 @@ class Trainer:
     def accuracy(self, test_loader: Any) -> float:
         """The share of `test_loader`'s images whose largest logit is the label's, a fraction of 1."""
         return self.scores(test_loader).top1
-
-    def plot_losses(self, window_size: int = 1, path: str | None = None) -> Any:
-        """Training and validation loss over epochs, smoothed over `window_size`; a matplotlib figure, saved to `path` if given."""
-        from alexnet_mp.figures import plot_losses  # matplotlib takes a second to import
-        return plot_losses(self.train_losses, self.val_losses, window_size, path)
-
-    @staticmethod
-    def moving_average(data: list[float], window_size: int) -> np.ndarray:
-        """Means over `window_size` neighbours; a window longer than the data takes what there is."""
-        from alexnet_mp.figures import moving_average
-        return moving_average(data, window_size)
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's state in plain containers and tensors; the same on all ranks that hold one copy."""

@@ -7,11 +7,14 @@
 `--help` lists the flags; without --data, the data is what the first checkpoint was trained on.
 """
 
+import signal
 import sys
 
-from alexnet_mp.cli import parse_evaluate
-from alexnet_mp.console import guarded, printing_json
-from alexnet_mp.inference import evaluate_checkpoints
+signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C during the seconds that torch takes to import leaves no traceback
+
+from alexnet_mp.cli import parse_evaluate  # noqa: E402
+from alexnet_mp.console import guarded, printing_json  # noqa: E402
+from alexnet_mp.inference import evaluate_checkpoints  # noqa: E402
 
 
 def main() -> int:

@@ -7,11 +7,14 @@
 `--help` lists the flags. Exit code 2 if a file could not be read; the others are shown all the same.
 """
 
+import signal
 import sys
 
-from alexnet_mp.cli import is_main_process, parse_predict
-from alexnet_mp.console import fail, guarded, printing_json
-from alexnet_mp.inference import predict_files
+signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C during the seconds that torch takes to import leaves no traceback
+
+from alexnet_mp.cli import is_main_process, parse_predict  # noqa: E402
+from alexnet_mp.console import fail, guarded, printing_json  # noqa: E402
+from alexnet_mp.inference import predict_files  # noqa: E402
 
 
 def main() -> int:

@@ -7,11 +7,14 @@
 `--help` lists the flags; without any, the demo preset trains on generated images.
 """
 
+import signal
 import sys
 
-from alexnet_mp.cli import parse_train
-from alexnet_mp.console import Signals, guarded
-from alexnet_mp.run import run
+signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C during the seconds that torch takes to import leaves no traceback
+
+from alexnet_mp.cli import parse_train  # noqa: E402
+from alexnet_mp.console import Signals, guarded  # noqa: E402
+from alexnet_mp.run import run  # noqa: E402
 
 
 def main() -> int:

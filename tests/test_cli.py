@@ -61,7 +61,7 @@ def checkpoint_file(tmp_path):
     config = preset("paper").with_fields(lr=0.02, batch_size=32, seed=7, classes=3, device="cuda", threads=3, max_steps=10)
     path = tmp_path / "last.pt"
     torch.save({"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "config": config.to_dict(), "model": {}, "velocity": {}, "loop": {},
-                "data": {}}, path)
+                "data": {"classes": [], "images": []}}, path)
     return path
 
 

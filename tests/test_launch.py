@@ -123,3 +123,14 @@ def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path) -> None:
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode != 0 and "saved; continue" in stdout.splitlines()[-1], stderr
     assert start(PYTHON, "--out", str(out), "--resume", "--max-steps", "1").returncode == 0
+
+
+def test_help_into_head_is_no_error() -> None:
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} launch/train.py --help | head -1"], cwd=ROOT, env=clean_environment(),
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage: train.py") and done.stderr == "" and done.returncode in (0, 141)
+
+
+def test_evaluate_is_not_told_to_start_train() -> None:
+    done = start([sys.executable, "launch/evaluate.py"], "--checkpoint", "x.pt", RANK="0")
+    assert done.returncode == 2 and "launch/train.py" not in done.stderr, done.stderr

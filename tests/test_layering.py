@@ -10,19 +10,19 @@ PACKAGE = ROOT / "alexnet_mp"
 
 # A module may import from its own row and from rows above (DESIGN.md, decision 12); within a row there is no circle either.
 ROWS = [
-    {"seeds", "from_scratch"},
+    {"seeds", "lock", "from_scratch"},
     {"architecture"},
     {"config"},
     {"presets", "layers", "exchange", "optim", "schedule", "precision", "summary", "crossing", "tally", "data"},
     {"model"},
     {"networks"},
-    {"rendezvous", "distributed", "evaluation", "lettering", "figures", "pictures"},
-    {"checkpoint", "requests", "cli"},
+    {"heartbeat", "rendezvous", "distributed", "evaluation", "lettering", "figures", "pictures"},
+    {"checkpoint", "requests", "cli", "agreement", "checks", "hints", "curves"},
     {"trainer", "inference"},
     {"run", "console", "gallery"},
     {"__init__"},
 ]
-MAY_USE_PROCESS_GROUPS = {"exchange", "rendezvous", "distributed", "console"}
+MAY_USE_PROCESS_GROUPS = {"exchange", "heartbeat", "rendezvous", "distributed"}
 
 
 def modules() -> dict[str, Path]:

@@ -9,6 +9,8 @@ from ranks import RanksFailed
 from ranks import run as run_ranks
 
 from alexnet_mp import Config, checkpoint, preset
+from alexnet_mp import trainer as trainer_module
+from alexnet_mp.cli import UsageError, parse_train
 from alexnet_mp.run import run
 from alexnet_mp.trainer import NonFiniteError
 
@@ -154,3 +156,55 @@ def test_ranks_that_were_given_different_flags_are_told_so(tmp_path) -> None:
 
 def with_own_seed(rank: int, config: Config) -> dict:
     return run(config.with_fields(seed=rank))
+
+
+def test_a_run_that_was_stopped_within_a_validation_continues_with_it(tmp_path) -> None:
+    config = SMALL.with_fields(limit_val=50)              # two batches: it can be left between them
+    out, whole, epochs = tmp_path / "run", tmp_path / "whole", []
+    one(whole, config)
+
+    def stop_in_the_second_validation(trainer) -> None:
+        def evaluate(*arguments, **options):
+            epochs.append(trainer.epoch)
+            trainer.stop_requested = len(epochs) == 2
+            return original(*arguments, **options)
+
+        original = trainer_module.evaluate
+        monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        result = run(config.with_fields(out=str(out)), stop_in_the_second_validation)
+    assert result == {"stopped": True, "out": str(out)} and checkpoint.read(out / "last.pt")["loop"]["batch"] == 3
+    one(out, config, resume=str(out / "last.pt"))
+    assert history(out) == history(whole)                 # the rate of the epoch's last step too
+    assert_equal_files(out / "last.pt", whole / "last.pt")
+
+
+def test_a_run_that_saves_every_step_and_keeps_epochs_ends_as_one_that_does_not(finished, tmp_path) -> None:
+    out = tmp_path / "run"
+    one(out, save_every=1, keep=2, max_steps=5)
+    one(out, save_every=1, keep=2, resume=str(out / "last.pt"))
+    assert history(out) == history(finished)
+    assert_equal_files(out / "last.pt", finished / "last.pt")
+    assert [path.name for path in checkpoint.epoch_files(out)] == ["epoch-0003.pt", "epoch-0002.pt"]
+    assert checkpoint.read(out / "epoch-0002.pt")["loop"]["step"] == 6
+
+
+def test_what_a_kill_between_two_files_left_out_is_made_up_for_at_resume(finished, tmp_path) -> None:
+    out = tmp_path / "run"
+    one(out, keep=2, epochs=1)
+    for name in ("best.pt", "epoch-0001.pt"):
+        (out / name).unlink()
+    one(out, keep=2, resume=str(out / "last.pt"), epochs=2)
+    assert [path.name for path in checkpoint.epoch_files(out)] == ["epoch-0002.pt", "epoch-0001.pt"]
+    assert_equal_files(out / "best.pt", out / f"epoch-000{checkpoint.read(out / 'best.pt')['loop']['epoch']}.pt")
+
+
+def test_a_damaged_last_checkpoint_is_refused_with_the_one_to_go_back_to(tmp_path) -> None:
+    out = tmp_path / "run"
+    one(out, keep=3)
+    for name in ("last.pt", "epoch-0003.pt", "best.pt"):
+        (out / name).unlink()
+        (out / name).write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=r"last.pt: not a readable checkpoint.*newest good one is .*epoch-0002.pt, of step 6"):
+        parse_train(["--out", str(out), "--resume"])

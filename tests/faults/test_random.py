@@ -1,0 +1,100 @@
+"""What nobody thought of: random configurations, shapes, files and kills."""
+
+import dataclasses
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ranks import process_group
+from ranks import run as run_ranks
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import fuzz
+import soak
+
+from alexnet_mp import Config, checkpoint, preset
+from alexnet_mp.config import DataConfig, ModelConfig, RecipeConfig, RunConfig
+from alexnet_mp.exchange import GroupLink
+
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 300), st.floats(), st.text(max_size=5), st.lists(st.integers(-1, 64), max_size=9),
+                   st.sampled_from(["cpu", "plateau", "half", "2012", "conv3", "he"]))
+FIELDS = [field.name for part in (ModelConfig, DataConfig, RecipeConfig, RunConfig) for field in dataclasses.fields(part)]
+
+
+@QUICK
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
+def test_a_configuration_is_refused_in_one_line_or_comes_back_from_its_dictionary_as_it_was(changes: dict) -> None:
+    values = preset("paper").to_dict()
+    for name, value in changes.items():
+        part = next(part for part in ("model", "data", "recipe", "run") if name in values[part])
+        values[part][name] = value
+    try:
+        config = Config.from_dict(values)
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert refusal and "\n" not in refusal
+        return
+    again = Config.from_dict(config.to_dict())
+    assert repr(again) == repr(config)                    # by repr, in which nan equals nan
+
+
+@QUICK
+@given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-2**40, 2**40), st.floats(allow_nan=False), st.text(max_size=8)),
+                    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)), max_leaves=12),
+       st.lists(st.integers(0, 5), max_size=3))
+def test_whatever_plain_state_is_saved_comes_back(tmp_path, state, shape: list[int]) -> None:
+    path = tmp_path / "last.pt"
+    content = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "config": {}, "model": {"w": torch.rand(shape)}, "velocity": {},
+               "loop": {"state": state}, "data": {"classes": [], "images": []}}
+    checkpoint.write_atomically(path, content)
+    back = checkpoint.read(path)
+    assert back["loop"] == content["loop"] and torch.equal(back["model"]["w"], content["model"]["w"])
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def exchanged(rank: int, shapes: list[tuple[tuple[int, ...], bool]]) -> list[tuple[bool, bool]]:
+    """For every shape: whether the peer's tensor arrived, and whether its gradient came back, exactly."""
+    with process_group():
+        import torch.distributed as dist
+
+        link, results = GroupLink(dist.group.WORLD), []
+        for number, (shape, sliced) in enumerate(shapes):
+            whole = [torch.rand((shape[0], 2 * shape[1], *shape[2:]), generator=torch.Generator().manual_seed(2 * number + r)) for r in (0, 1)]
+            # a slice is not contiguous, and gloo would send it wrong without a word
+            x = [(w[:, ::2] if sliced else w[:, :shape[1]].contiguous()).requires_grad_() for w in whole]
+            (others,) = link.swap("conv3", [x[rank]])()
+            factor = 2.0 + rank
+            (others * factor).sum().backward()
+            gradient = x[rank].grad if x[rank].is_leaf else None
+            results.append((torch.equal(others, x[1 - rank]), gradient is None or torch.equal(gradient, torch.full_like(gradient, 3.0 - rank))))
+        return results
+
+
+def test_tensors_of_any_shape_are_exchanged_exactly() -> None:
+    draw = random.Random(0)
+    shapes = [((draw.randint(1, 5), draw.randint(1, 7), *[draw.randint(1, 6)] * draw.choice((0, 2))), draw.random() < 0.5) for _ in range(60)]
+    for results in run_ranks(exchanged, 2, shapes):
+        assert [shape for shape, result in zip(shapes, results, strict=True) if result != (True, True)] == []
+
+
+@pytest.mark.parametrize("reader", fuzz.READERS.values(), ids=fuzz.READERS)
+def test_mutated_files_give_the_documented_errors_only(reader: fuzz.Reader, tmp_path) -> None:
+    with warnings.catch_warnings():
+        outcomes, wrong, megabytes = fuzz.fuzz(reader, 400, seed=2, folder=tmp_path)
+    assert wrong == [] and megabytes < fuzz.MEGABYTES
+    assert all(outcomes[f"{kind}: refused"] > 20 for kind in ("bytes", "resealed", "altered"))       # the damage does reach the reader
+
+
+def test_random_kills_lose_nothing(tmp_path) -> None:
+    kills, _, lost = soak.soak(5, 2, seed=3, folder=tmp_path)
+    assert kills == 5 and lost == 0
