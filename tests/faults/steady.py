@@ -67,7 +67,7 @@ def main() -> int:
         slope, more = np.polyfit(hours, memory, 1)[0], files[len(files) * 3 // 4:].max() - files[:max(len(files) // 4, 1)].max()
         failed |= slope > MEGABYTES or more > 0
         print(f"rank {rank}: {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, slope {slope:+.1f} MB an hour; open files {files.min():.0f} "
-              f"to {files.max():.0f}, {more:+.0f} from the first to the last quarter ({len(values)} samples in {values[-1, 0] - values[0, 0]:.0f} s)")
+              f"to {files.max():.0f}, {more:+.0f} from the first to the last quarter ({len(values)} samples, {values[-1, 0] - values[0, 0]:.0f} s)")
     return int(failed)
 
 
