@@ -218,7 +218,9 @@ def open_array(path: Path, name: str, dtype: type, shape: tuple[int, ...], check
         array = np.load(file, mmap_mode="r", allow_pickle=False) if 0 not in shape else np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{file}: missing from the store; delete the folder and make it again") from None
-    except (ValueError, EOFError, SyntaxError):
+    except OSError:
+        raise
+    except Exception:        # NumPy raises many kinds for a damaged file, tokenize's among them
         raise ValueError(f"{file}: damaged (cut short, or not an array); delete the store's folder and make it again") from None
     if array.dtype != dtype or array.shape != shape or (checksum is not None and checksum_of(array) != checksum):
         raise ValueError(f"{file}: damaged, it is not what the store's header says; delete the store's folder and make it again")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -162,9 +164,13 @@ class Store:
 
     def _stored_sums(self) -> Sums | None:
         """Those that were taken of all images in the store's folder when it was packed."""
-        with contextlib.suppress(Exception):       # numpy raises many kinds for a missing or damaged file; measuring mends it
-            sums = Sums.read(self.path / "sums.npz")
-            return sums if sums.count == sum(map(len, self.shelves)) else None
+        if self.path is None:
+            return None
+        with contextlib.suppress(OSError, KeyError, ValueError):       # missing or damaged: measuring mends it
+            content = (self.path / "sums.npz").read_bytes()
+            if zlib.crc32(content) == read_header(self.path)["checksums"]["sums.npz"]:
+                sums = Sums.read(io.BytesIO(content))
+                return sums if sums.count == sum(map(len, self.shelves)) else None
         return None
 
     def save(self, path: str | Path) -> None:

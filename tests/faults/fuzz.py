@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Gives mutated files to the readers: only the documented errors may come out, in one line, in bounded time and memory.
 
-    python tests/faults/fuzz.py --files 10000 [--seed N] [--reader checkpoint]
+    python tests/faults/fuzz.py --files 10000 [--seed N] [--reader checkpoint JPEG]      --files of each kind
 
-A reader is an entry of READERS: what makes a good file, what reads it, and the errors that it documents; more kinds of files can be added
-there. Three kinds of damage: bytes changed at random; bytes changed inside a zip whose checksums are then made right again; values changed
+A reader is an entry of READERS: what makes a good file, what reads it, and the errors that it documents.
+Three kinds of damage: bytes changed at random; bytes changed inside a zip whose checksums are then made right again; values changed
 inside the content. Exit code 1 if anything else came out.
 """
 
@@ -15,10 +15,12 @@ import contextlib
 import io
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,11 +30,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from alexnet_mp import AlexNet, Trainer, checkpoint, preset
 from alexnet_mp.cli import stored_config
+from alexnet_mp.data import Store, try_read
+from alexnet_mp.data.folder import list_split
+from alexnet_mp.data.packing import Packing, pack_split
 from alexnet_mp.distributed import Placement
 from alexnet_mp.optim import build_optimizer
 from alexnet_mp.rendezvous import Environment
@@ -103,8 +110,63 @@ def alter_checkpoint(path: Path, draw: random.Random) -> None:
     torch.save(content, path)
 
 
+def store_reader(name: str, encode: str) -> Reader:
+    """One file of a store, and all that training reads of a store that holds it."""
+    def folder(path: Path) -> Path:
+        return path.with_name(f"store-{encode}")
+
+    def make(path: Path) -> None:
+        images = path.with_name("images")
+        noise = np.random.default_rng(0)
+        if not folder(path).exists():
+            for label, count in (("a", 3), ("b", 2)):
+                (images / "train" / label).mkdir(parents=True, exist_ok=True)
+                for i in range(count):
+                    Image.fromarray(noise.integers(0, 256, (20 + i, 24, 3), np.uint8)).save(images / "train" / label / f"{i}.png")
+            pack_split(list_split(images / "train"), folder(path), Packing(encode, workers=1), with_sums=True)
+        shutil.copyfile(folder(path) / name, path)
+
+    def read(path: Path) -> None:
+        good = (folder(path) / name).read_bytes()
+        try:
+            (folder(path) / name).write_bytes(path.read_bytes())
+            store = Store.open(folder(path), verify=True)
+            store.gather(range(len(store)), 20)
+            store.statistics(24)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(folder(path)), str(path))) from None       # the store's files are path's
+        finally:
+            (folder(path) / name).write_bytes(good)
+            for kept in folder(path).glob("statistics-*"):
+                kept.unlink()
+
+    return Reader(f"{encode} store's {name}", make, read, (ValueError,))
+
+
+def image_reader(kind: str, **options: Any) -> Reader:
+    """An image file, as packing and prediction read it: an array, or a text that says what is wrong."""
+    def make(path: Path) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+        Image.fromarray(noise).resize((320, 280)).save(path, kind, **options)
+
+    def read(path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # Pillow's, of odd metadata
+            image = try_read(path)
+        if isinstance(image, str):
+            raise ValueError(f"{path}: {image}")
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.shape[1] != image.shape[2] or image.shape[1] > 256:
+            raise AssertionError(f"an image of {image.dtype} {image.shape}")
+
+    return Reader(kind, make, read, (ValueError,))
+
+
 READERS = {reader.name: reader for reader in (
     Reader("checkpoint", make_checkpoint, read_checkpoint, (ValueError, FileNotFoundError), alter_checkpoint),
+    *(store_reader(name, "raw") for name in ("header.json", "labels.npy", "places.npy", "images-00000.npy", "sums.npz")),
+    *(store_reader(name, "jpeg") for name in ("ends.npy", "images-00000.npy")),
+    image_reader("JPEG"), image_reader("PNG"), image_reader("GIF"), image_reader("TIFF", compression="tiff_lzw"), image_reader("WEBP"),
+    image_reader("BMP"), image_reader("PPM"),
 )}
 
 
@@ -158,7 +220,8 @@ def limit(seconds: int) -> Iterator[None]:
 
 def fuzz(reader: Reader, files: int, seed: int, folder: Path) -> tuple[Counter[str], list[str], float]:
     """(what became of the files, what should not have, megabytes by which the process grew)."""
-    draw, good, path = random.Random(seed), folder / f"good-{reader.name}", folder / f"mutated-{reader.name}"
+    name = reader.name.replace(" ", "-")
+    draw, good, path = random.Random(seed), folder / f"good-{name}", folder / f"mutated-{name}"
     reader.make(good)
     reader.read(good)
     content, outcomes, wrong = good.read_bytes(), Counter(), []

@@ -90,9 +90,12 @@ def test_tensors_of_any_shape_are_exchanged_exactly() -> None:
 @pytest.mark.parametrize("reader", fuzz.READERS.values(), ids=fuzz.READERS)
 def test_mutated_files_give_the_documented_errors_only(reader: fuzz.Reader, tmp_path) -> None:
     with warnings.catch_warnings():
-        outcomes, wrong, megabytes = fuzz.fuzz(reader, 400, seed=2, folder=tmp_path)
+        outcomes, wrong, megabytes = fuzz.fuzz(reader, 120, seed=2, folder=tmp_path)
     assert wrong == [] and megabytes < fuzz.MEGABYTES
-    assert all(outcomes[f"{kind}: refused"] > 20 for kind in ("bytes", "resealed", "altered"))       # the damage does reach the reader
+    if "sums.npz" in reader.name:
+        assert set(outcomes) == {"bytes: read", "resealed: read", "altered: read"}       # damaged sums are measured again
+    else:
+        assert all(outcomes[f"{kind}: refused"] > 5 for kind in ("bytes", "resealed", "altered"))       # the damage does reach the reader
 
 
 def test_random_kills_lose_nothing(tmp_path) -> None:
