@@ -14,6 +14,7 @@ the sum is already everywhere and nothing is sent back; an all-reduce there woul
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,12 +29,19 @@ TRAINING, EVALUATION = "training", "evaluation"
 
 
 class Meter:
-    """Counts what this rank sends: values and bytes, by phase, crossing and direction."""
+    """Counts what this rank sends: values and bytes, by phase, crossing and direction; and how long it waits for its peers.
+
+    `waited` and `under_way` are seconds by phase on the host's clock: inside wait, and from each send to the end of its wait. The
+    first is the exchange that is exposed, the rest of the second has work beside it. NCCL lets the GPU wait, not the host: there only
+    a trace tells.
+    """
 
     def __init__(self) -> None:
         self.phase = TRAINING
         self.values: dict[tuple[str, str, str], int] = defaultdict(int)
         self.bytes: dict[tuple[str, str, str], int] = defaultdict(int)
+        self.waited: dict[str, float] = defaultdict(float)
+        self.under_way: dict[str, float] = defaultdict(float)
 
     def count(self, crossing: str, direction: str, sent: Tensor, copies: int) -> None:
         """`copies` of `sent` leave this rank; direction is forward or backward."""
@@ -94,15 +102,21 @@ class _Flight:
     def __init__(self, link: GroupLink, layer: str) -> None:
         self.link, self.layer = link, layer
         self.transfer: Transfer | None = None
+        self.sent_at = 0.0
 
     def send(self, outgoing: list[Tensor], direction: str) -> None:
         for tensor in outgoing:
             self.link.meter.count(self.layer, direction, tensor, 1)
+        self.sent_at = time.perf_counter()
         self.transfer = Transfer(outgoing, self.link)
 
     def land(self) -> list[Tensor]:
         assert self.transfer is not None
+        meter, asked_at = self.link.meter, time.perf_counter()
         received, self.transfer = self.transfer.wait(), None
+        arrived_at = time.perf_counter()
+        meter.waited[meter.phase] += arrived_at - asked_at
+        meter.under_way[meter.phase] += arrived_at - self.sent_at
         return received
 
 
