@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alexnet_mp.config import Config, ModelConfig
 from alexnet_mp.exchange import GroupLink, Meter
 from alexnet_mp.model import AlexNet
+from alexnet_mp.precision import DTYPES
 from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, rendezvous, set_threads
 
 
@@ -40,6 +42,7 @@ class Placement:
     control: dist.ProcessGroup | None = None     # gloo over all ranks: flags, sums, checkpoints; never activations
     meter: Meter = field(default_factory=Meter)
     turns: int = 0                               # of `alone`, so that each has its own keys
+    wire: torch.dtype | None = None              # what activations travel as, where that is narrower than they are
 
     @property
     def rank(self) -> int:
@@ -67,9 +70,12 @@ class Placement:
         return self.rank % self.column_ranks
 
     def build_model(self, config: ModelConfig, seed: int) -> AlexNet:
-        """This rank's columns of the network, linked to the others', on this rank's device."""
-        link = GroupLink(self.mesh["column"].get_group(), self.meter) if self.column_ranks > 1 else None
-        return AlexNet(config, self.columns, link, seed).to(self.device)
+        """This rank's columns of the network, linked to the others', on this rank's device, channels-last.
+
+        In that format CPUs pool several times as fast, GPUs convolve faster in half precision, and a crossing's maps leave uncopied.
+        """
+        link = GroupLink(self.mesh["column"].get_group(), self.meter, self.wire) if self.column_ranks > 1 else None
+        return AlexNet(config, self.columns, link, seed).to(self.device, memory_format=torch.channels_last)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """`model` with its gradients averaged over the data group; itself where there is one copy only."""
@@ -88,7 +94,9 @@ class Placement:
         work = dist.all_reduce(values, group=self.control, async_op=True)
 
         def arrive() -> Tensor:
+            asked_at = time.perf_counter()
             work.wait()
+            self.meter.waited["control"] += time.perf_counter() - asked_at
             return values
 
         return arrive
@@ -180,7 +188,8 @@ def connect(config: Config, environment: Environment | None = None) -> Placement
     threads = set_threads(run.threads, environment, device)      # before any thread of gloo's, which then keeps to the same cores
     share = columns // column_ranks
     first = environment.rank % column_ranks * share
-    placement = Placement(environment, device, tuple(range(first, first + share)), column_ranks, timeout=run.timeout, threads=threads)
+    placement = Placement(environment, device, tuple(range(first, first + share)), column_ranks, timeout=run.timeout, threads=threads,
+                          wire=None if run.wire_precision == "same" else DTYPES[run.wire_precision])
     if environment.world_size == 1:
         if run.backend == "nccl" and device.type != "cuda":
             raise ValueError(f"--backend nccl: needs CUDA devices, this rank runs on {device.type}; use gloo or auto")

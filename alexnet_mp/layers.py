@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alexnet_mp.seeds import combine
+from alexnet_mp.window import dense, laid_out_like, runs_of, window
 
 CHUNK_BYTES = 512 * 1024     # of one operand on the CPU: a handful of them stay in the cache from one operation to the next
 
@@ -46,6 +47,31 @@ class _ResponseNorm(torch.autograd.Function):
             scaled = g * _power(d, beta)                                    # g d^-beta
             spread = window_sum((scaled * wide).div_(d)).mul_(wide)
             out.copy_(scaled.add_(spread, alpha=-2 * alpha * beta))
+        return dx, None, None, None, None
+
+
+class _AcrossMaps(torch.autograd.Function):
+    """The same for a window over maps on a CPU, in buffers that are kept: see window.py."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *settings: float) -> Tensor:
+        x = dense(x)
+        ctx.save_for_backward(x)
+        ctx.settings = settings                                             # size, k, alpha, beta
+        y = torch.empty_like(x)
+        for part, out in zip(_chunks(x), _chunks(y), strict=True):
+            runs = runs_of(part)
+            window(runs, *settings).forward(runs, runs_of(out))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        dx, gradient = torch.empty_like(x), laid_out_like(gradient, x)
+        for part, g, out in zip(_chunks(x), _chunks(gradient), _chunks(dx), strict=True):
+            runs = runs_of(part)
+            window(runs, *ctx.settings).backward(runs, runs_of(g), runs_of(out))
         return dx, None, None, None, None
 
 
@@ -110,6 +136,8 @@ class LocalResponseNorm(nn.Module):
         self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+            return _AcrossMaps.apply(x, self.size, self.k, self.alpha, self.beta)
         return response_norm(x, self._window_sum, self.k, self.alpha, self.beta)
 
     def _window_sum(self, x: Tensor) -> Tensor:
@@ -124,6 +152,9 @@ class MapNorm(LocalResponseNorm):
 
     def __init__(self, size: int = 5, k: float = 1.0, alpha: float = 4e-5, beta: float = 0.75) -> None:
         super().__init__(size, k, alpha, beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return response_norm(x, self._window_sum, self.k, self.alpha, self.beta)
 
     def _window_sum(self, x: Tensor) -> Tensor:
         return sum_over_pixels(x, self.size)

@@ -19,6 +19,7 @@ from alexnet_mp.data import build_loaders, load
 from alexnet_mp.distributed import Placement, connect, describe
 from alexnet_mp.exchange import EVALUATION, TRAINING
 from alexnet_mp.optim import build_optimizer
+from alexnet_mp.profiling import Profiler
 from alexnet_mp.schedule import EarlyStopping, build_schedule
 from alexnet_mp.trainer import NonFiniteError, Trainer
 
@@ -63,6 +64,9 @@ class Run:
             early_stopping=EarlyStopping(config.recipe.patience, delta=config.recipe.delta) if config.recipe.patience else None,
             placement=placement, precision=config.run.precision, seed=config.run.seed, max_steps=config.recipe.max_steps)
         self.trainer.on_epoch = self._end_epoch
+        self.profiler = Profiler(optimizer, placement) if config.run.profile else None
+        if self.profiler:
+            self.train_loader = self.profiler.watching(self.train_loader)
         self.out = Path(config.run.out or f"runs/{config.preset}-{config.data.data}-{self._start_time()}")
         self.started = time.perf_counter()
 
@@ -82,6 +86,8 @@ class Run:
             raise
         if trainer.batch or not trainer.history:
             self._save(improved=False)       # within an epoch: the epochs before it have been saved as they ended
+        if self.profiler:
+            self.say(self.profiler.report(self.out))
         if trainer.stopping:
             self.say(f"stopped at step {trainer.step}, saved; continue with the same command and --out {self.out} --resume")
             return {"stopped": True, "out": str(self.out)}
