@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from alexnet_mp import native
 from alexnet_mp.seeds import combine
-from alexnet_mp.window import dense, laid_out_like, runs_of, window
 
 CHUNK_BYTES = 512 * 1024     # of one operand on the CPU: a handful of them stay in the cache from one operation to the next
 
@@ -51,28 +51,28 @@ class _ResponseNorm(torch.autograd.Function):
 
 
 class _AcrossMaps(torch.autograd.Function):
-    """The same for a window over maps on a CPU, in buffers that are kept: see window.py."""
+    """The norm across maps as native.py has it for CPUs, alone or between ReLU and pooling, as one node.
+
+        forward     z -> x = max(z, 0), if `rectify`;  y = norm(x);  max pool of y, if `stride`
+        backward    the same way back, x and d computed again
+
+    Only z is kept, and a byte for each maximum that says where it was: y and its gradient are never whole in memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *settings: float) -> Tensor:
-        x = dense(x)
-        ctx.save_for_backward(x)
-        ctx.settings = settings                                             # size, k, alpha, beta
-        y = torch.empty_like(x)
-        for part, out in zip(_chunks(x), _chunks(y), strict=True):
-            runs = runs_of(part)
-            window(runs, *settings).forward(runs, runs_of(out))
-        return y
+    def forward(ctx: Any, z: Tensor, k: float, alpha: float, rectify: bool, stride: int) -> Tensor:
+        z = native.dense(z)
+        ctx.settings = k, alpha, rectify, stride
+        result, where = native.forward(z, *ctx.settings)
+        ctx.save_for_backward(z, where)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        dx, gradient = torch.empty_like(x), laid_out_like(gradient, x)
-        for part, g, out in zip(_chunks(x), _chunks(gradient), _chunks(dx), strict=True):
-            runs = runs_of(part)
-            window(runs, *ctx.settings).backward(runs, runs_of(g), runs_of(out))
-        return dx, None, None, None, None
+        z, where = ctx.saved_tensors
+        form = z if where is None else where
+        return native.backward(z, native.laid_out_like(gradient, form), where, *ctx.settings), None, None, None, None
 
 
 def _chunks(x: Tensor) -> list[Tensor]:
@@ -136,9 +136,20 @@ class LocalResponseNorm(nn.Module):
         self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
-            return _AcrossMaps.apply(x, self.size, self.k, self.alpha, self.beta)
+        if self._compiled(x):
+            return _AcrossMaps.apply(x, self.k, self.alpha, False, 0)
         return response_norm(x, self._window_sum, self.k, self.alpha, self.beta)
+
+    def pooled(self, x: Tensor, size: int, stride: int, rectify: bool) -> Tensor:
+        """`overlapping_max_pool` of the norm of x (N, C, H, W), or of its ReLU (which may then overwrite x)."""
+        if not self._compiled(x):
+            return overlapping_max_pool(self(F.relu_(x) if rectify else x), size, stride)
+        if size == native.POOL and native.is_last(x):
+            return _AcrossMaps.apply(x, self.k, self.alpha, rectify, stride)
+        return overlapping_max_pool(_AcrossMaps.apply(x, self.k, self.alpha, rectify, 0), size, stride)
+
+    def _compiled(self, x: Tensor) -> bool:
+        return not torch.compiler.is_compiling() and native.fits(x, self.size, self.beta)
 
     def _window_sum(self, x: Tensor) -> Tensor:
         return sum_over_neighbours(x, self.size)

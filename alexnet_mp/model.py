@@ -135,11 +135,23 @@ class AlexNet(nn.Module):
 
     def _layer1(self, x: list[Tensor]) -> list[Tensor]:
         if self.config.layer1_order == "relu-lrn-pool":
-            return self._pool(self._norm(self._activate(x)))
-        return self._activate(self._pool(self._norm(x)))
+            return self._activate_norm_pool(x)
+        return self._activate(self._norm_pool(x))
 
     def _layer2(self, x: list[Tensor]) -> list[Tensor]:
+        if not self.config.map_norm:
+            return self._activate_norm_pool(x)
         return self._pool([self.map_norm(y) for y in self._norm(self._activate(x))])
+
+    def _activate_norm_pool(self, x: list[Tensor]) -> list[Tensor]:
+        if self.config.activation == "relu":
+            return self._norm_pool(x, rectify=True)      # one node of all three: what lies between them is the most memory of all
+        return self._norm_pool(self._activate(x))
+
+    def _norm_pool(self, x: list[Tensor], rectify: bool = False) -> list[Tensor]:
+        if not self.config.lrn:
+            return self._pool(self._activate(x) if rectify else x)
+        return [self.lrn.pooled(y, self.config.pool_size, self.config.pool_stride, rectify) for y in x]
 
     def _norm(self, x: list[Tensor]) -> list[Tensor]:
         return [self.lrn(y) for y in x]     # each column by itself: no window reaches into the other
