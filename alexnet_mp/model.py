@@ -131,7 +131,7 @@ class AlexNet(nn.Module):
             return [layer(y) for layer, y in zip(layers, x, strict=True)]
         arrive = self.link.swap(name, x)
         own = [layer.own(y) for layer, y in zip(layers, x, strict=True)]
-        return [y + layer.peers(p) for y, layer, p in zip(own, layers, arrive(), strict=True)]
+        return [y.add_(layer.peers(p)) for y, layer, p in zip(own, layers, arrive(), strict=True)]
 
     def _layer1(self, x: list[Tensor]) -> list[Tensor]:
         if self.config.layer1_order == "relu-lrn-pool":
@@ -173,7 +173,20 @@ class AlexNet(nn.Module):
         return [column.dropout[after](y, keys) for column, y in zip(self.columns.values(), x, strict=True)]
 
     def _padded(self, images: Tensor) -> Tensor:
-        return F.pad(images, self.config.conv1_padding) if any(self.config.conv1_padding) else images
+        """The images as conv1 reads them, in the type it computes in: once, where autocast would do it for every column."""
+        kind = images.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+        if not any(self.config.conv1_padding):
+            return images.to(dtype)
+        left, right, top, bottom = self.config.conv1_padding
+        form = torch.contiguous_format if images.is_contiguous() else torch.channels_last
+        height, width = images.shape[2:]
+        shape = (*images.shape[:2], height + top + bottom, width + left + right)
+        padded = torch.empty(shape, dtype=dtype, device=images.device, memory_format=form)
+        padded[:, :, top:top + height, left:left + width] = images      # several times as fast as F.pad, which knows one format only
+        for edge in (padded[:, :, :top], padded[:, :, top + height:], padded[..., :left], padded[..., left + width:]):
+            edge.zero_()
+        return padded
 
     def _dropout_keys(self, images: Tensor, keys: Tensor | None) -> Tensor | None:
         if keys is None and self.training:

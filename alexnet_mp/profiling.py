@@ -5,6 +5,7 @@ Nothing in the loop knows of it: the loader is wrapped, the optimiser has hooks,
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ class Profiler:
             self.times.append(Times(step, step - exposed - flags - self.input - optimiser, exposed, hidden, flags, self.input, optimiser))
         if self.steps == WARM_UP + TIMED:
             activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")       # it complains of a missing GPU on every CPU
             self.trace = torch.profiler.profile(activities=activities)
             self.trace.start()
         elif self.steps == WARM_UP + TIMED + TRACED:

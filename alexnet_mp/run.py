@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alexnet_mp import checkpoint
+from alexnet_mp import checkpoint, native
 from alexnet_mp.config import Config
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.distributed import Placement, connect, describe
@@ -47,6 +47,8 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.say(self._introduction(config))
+        if placement.device.type == "cpu" and config.model.lrn and native.missing():
+            self.say(f"note: {native.missing()}")
         splits = load(config.data, config.run.seed, placement.alone, placement.main, config.data.resized_side(config.model.image_size))
         self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
         self.train_loader, self.val_loader, self.test_loader, self.augment = build_loaders(
