@@ -15,8 +15,13 @@ from alexnet_mp.layers import dropout_keys
 from alexnet_mp.model import AlexNet
 
 
-def small() -> ModelConfig:
-    return ModelConfig(kernels=(4, 6, 8, 6, 4), hidden=(12, 10), classes=5, image_size=67, initial_weights=("he",) * 8, initial_biases=(0.1,) * 8)
+def small(**changes) -> ModelConfig:
+    return ModelConfig(kernels=(4, 6, 8, 6, 4), hidden=(12, 10), classes=5, image_size=67, initial_weights=("he",) * 8, initial_biases=(0.1,) * 8,
+                       **changes)
+
+
+# No ReLU and no maximum, of which one that falls to the other side shows as 5 % in the gradients of so small a net.
+SMOOTH = {"activation": "tanh", "pool_size": 1}
 
 
 def maps(rank: int, channels_last: bool) -> Tensor:
@@ -44,7 +49,7 @@ def test_maps_arrive_right_in_the_format_of_what_was_sent_and_leave_uncopied_in_
 def step(rank: int, wire: torch.dtype | None, precision: str = "fp32") -> tuple[Tensor, dict, dict, dict]:
     with process_group():
         link = GroupLink(dist.group.WORLD, wire=wire)
-        model = AlexNet(small(), (rank,), link).to(memory_format=torch.channels_last)
+        model = AlexNet(small(**SMOOTH), (rank,), link).to(memory_format=torch.channels_last)
         images = torch.randn(4, 3, 67, 67, generator=torch.Generator().manual_seed(0))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images, dropout_keys(0, 0, torch.arange(4)))
@@ -58,11 +63,10 @@ def test_bf16_on_the_wire_halves_the_bytes_but_the_logits_and_stays_close() -> N
     for (logits, gradients, size, values), (logits2, gradients2, size2, values2) in zip(wide, narrow, strict=True):
         assert values == values2
         assert {key: (1 if key[1] == "fc8" else 2) * count for key, count in size2.items()} == size
-        # bfloat16 has 8 bits: 2^-9 relative for what crosses; DESIGN's row of reduced precision is 2e-2. In so small a net with so few images
-        # single values that fall on the other side of a ReLU show in the gradients: seen 2.1e-2 in conv1, twice that is allowed.
+        # bfloat16 has 8 bits: 2^-9 relative for what crosses; DESIGN's row of reduced precision is 2e-2
         assert 0 < (logits2 - logits).abs().max() < 2e-2 * logits.abs().max()
         for name, gradient in gradients.items():
-            assert (gradients2[name] - gradient).norm() < 4e-2 * gradient.norm(), name
+            assert (gradients2[name] - gradient).norm() < 2e-2 * gradient.norm(), name
 
 
 def test_under_autocast_what_crosses_is_bf16_already() -> None:
