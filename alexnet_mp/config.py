@@ -123,6 +123,10 @@ class RunConfig:
     """auto: nccl where each rank has a GPU of its own, else gloo."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the layers; weights and LRN stay in float32."""
+    wire_precision: Literal["same", "bf16"] = "same"
+    """What crosses between ranks: same, in the layers' own precision, or bf16, half of float32's bytes. Logits never narrow."""
+    profile: bool = False
+    """Write OUT/trace.json, of a few steps for chrome://tracing or Perfetto, and print where each step's time goes."""
     compile: bool = False
     """Compile what lies between two crossings with torch.compile."""
     deterministic: bool = False

@@ -7,6 +7,7 @@ a data group. Ranks r = data * column_ranks + column, the row-major order of a d
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,6 +23,7 @@ from alexnet_mp.exchange import GroupLink, Meter
 from alexnet_mp.heartbeat import Heartbeat
 from alexnet_mp.model import AlexNet
 from alexnet_mp.networks import build_network
+from alexnet_mp.precision import DTYPES
 from alexnet_mp.rendezvous import Environment, agree, choose_column_ranks, choose_device, launcher, rendezvous, set_threads, start_heartbeat
 
 
@@ -43,6 +45,7 @@ class Placement:
     meter: Meter = field(default_factory=Meter)
     patient: dist.ProcessGroup | None = None     # the same without a time limit
     activity: str = "starting"                   # what this rank does, for its peers to say should it fall silent
+    wire: torch.dtype | None = None              # what activations travel as, where that is narrower than they are
 
     @property
     def rank(self) -> int:
@@ -70,9 +73,12 @@ class Placement:
         return self.rank % self.column_ranks
 
     def build_model(self, config: ModelConfig, seed: int) -> AlexNet:
-        """This rank's columns of the network, linked to the others', on this rank's device."""
-        link = GroupLink(self.mesh["column"].get_group(), self.meter) if self.column_ranks > 1 else None
-        return build_network(config, self.columns, link, seed).to(self.device)
+        """This rank's columns of the network, linked to the others', on this rank's device, channels-last.
+
+        In that format CPUs pool several times as fast, GPUs convolve faster in half precision, and a crossing's maps leave uncopied.
+        """
+        link = GroupLink(self.mesh["column"].get_group(), self.meter, self.wire) if self.column_ranks > 1 else None
+        return build_network(config, self.columns, link, seed).to(self.device, memory_format=torch.channels_last)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """`model` with its gradients averaged over the data group; itself where there is one copy only."""
@@ -91,7 +97,9 @@ class Placement:
         work = dist.all_reduce(values, group=self.control, async_op=True)
 
         def arrive() -> Tensor:
+            asked_at = time.perf_counter()
             work.wait()
+            self.meter.waited["control"] += time.perf_counter() - asked_at
             return values
 
         return arrive
@@ -206,7 +214,8 @@ def connect(config: Config, environment: Environment | None = None) -> Placement
     threads = set_threads(run.threads, environment, device)      # before any thread of gloo's, which then keeps to the same cores
     share = columns // column_ranks
     first = environment.rank % column_ranks * share
-    placement = Placement(environment, device, tuple(range(first, first + share)), column_ranks, timeout=run.timeout, threads=threads)
+    placement = Placement(environment, device, tuple(range(first, first + share)), column_ranks, timeout=run.timeout, threads=threads,
+                          wire=None if run.wire_precision == "same" else DTYPES[run.wire_precision])
     if environment.world_size == 1:
         if run.backend == "nccl" and device.type != "cuda":
             raise ValueError(f"--backend nccl: needs CUDA devices, this rank runs on {device.type}; use gloo or auto")

@@ -14,6 +14,7 @@ the sum is already everywhere and nothing is sent back; an all-reduce there woul
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,12 +29,19 @@ TRAINING, EVALUATION = "training", "evaluation"
 
 
 class Meter:
-    """Counts what this rank sends: values and bytes, by phase, crossing and direction."""
+    """Counts what this rank sends: values and bytes, by phase, crossing and direction; and how long it waits for its peers.
+
+    `waited` and `under_way` are seconds by phase on the host's clock: inside wait, and from each send to the end of its wait. The
+    first is the exchange that is exposed, the rest of the second has work beside it. NCCL lets the GPU wait, not the host: there only
+    a trace tells.
+    """
 
     def __init__(self) -> None:
         self.phase = TRAINING
         self.values: dict[tuple[str, str, str], int] = defaultdict(int)
         self.bytes: dict[tuple[str, str, str], int] = defaultdict(int)
+        self.waited: dict[str, float] = defaultdict(float)
+        self.under_way: dict[str, float] = defaultdict(float)
 
     def count(self, crossing: str, direction: str, sent: Tensor, copies: int) -> None:
         """`copies` of `sent` leave this rank; direction is forward or backward."""
@@ -62,13 +70,17 @@ class Meter:
 class Transfer:
     """One exchange under way: a tensor to every peer, one of the same shape from every peer.
 
+    Maps travel channels-last, whatever their format on either side: in the format that is fast on most devices nothing is
+    copied before it is sent, and one order on the wire can never be taken for another. They arrive in the format of
+    what was sent, so that the layer that reads them computes as it would on one device.
+
     The work objects and the buffers are kept together until `wait`: a buffer that is freed or reused while
     its transfer is under way would be sent, or arrive, as garbage.
     """
 
-    def __init__(self, outgoing: list[Tensor], link: GroupLink) -> None:
-        self.device = outgoing[0].device
-        self.sent = [link.staged(tensor) for tensor in outgoing]
+    def __init__(self, outgoing: list[Tensor], link: GroupLink, narrow: bool = True) -> None:
+        self.like = outgoing[0]
+        self.sent = [link.staged(tensor, narrow) for tensor in outgoing]
         self.received = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, pin_memory=tensor.is_pinned()) for tensor in self.sent]
         self.works: list[Any] = []
         if self.sent[0].numel():         # a data rank without rows at a short tail: its whole model group has none
@@ -80,10 +92,13 @@ class Transfer:
             ])
 
     def wait(self) -> list[Tensor]:
-        """What the peers sent, in rank order, on the device that the outgoing tensors were on."""
+        """What the peers sent, in rank order, on the device and in the type and format of what went out."""
         for work in self.works:
             work.wait()
-        received = [tensor.to(self.device, non_blocking=True) for tensor in self.received]
+        received = [tensor.to(self.like.device, non_blocking=True).to(self.like.dtype) for tensor in self.received]
+        if self.like.ndim > 2:
+            received = [tensor.movedim(-1, 1) for tensor in received]
+            received = [tensor.contiguous() for tensor in received] if self.like.is_contiguous() else received
         self.works, self.sent, self.received = [], [], []
         return received
 
@@ -94,15 +109,22 @@ class _Flight:
     def __init__(self, link: GroupLink, layer: str) -> None:
         self.link, self.layer = link, layer
         self.transfer: Transfer | None = None
+        self.sent_at = 0.0
 
-    def send(self, outgoing: list[Tensor], direction: str) -> None:
-        for tensor in outgoing:
+    def send(self, outgoing: list[Tensor], direction: str, narrow: bool = True) -> None:
+        self.sent_at = time.perf_counter()
+        self.transfer = Transfer(outgoing, self.link, narrow)
+        for tensor in self.transfer.sent:
             self.link.meter.count(self.layer, direction, tensor, 1)
-        self.transfer = Transfer(outgoing, self.link)
 
     def land(self) -> list[Tensor]:
         assert self.transfer is not None
-        received, self.transfer = self.transfer.wait(), None
+        meter, asked_at = self.link.meter, time.perf_counter()
+        with torch.profiler.record_function(f"wait for {self.layer}"):
+            received, self.transfer = self.transfer.wait(), None
+        arrived_at = time.perf_counter()
+        meter.waited[meter.phase] += arrived_at - asked_at
+        meter.under_way[meter.phase] += arrived_at - self.sent_at
         return received
 
 
@@ -144,7 +166,7 @@ class _SumOfShares(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
-        flight.send([x] * len(flight.link.peers), "forward")
+        flight.send([x] * len(flight.link.peers), "forward", narrow=False)
         parts = flight.land()
         parts.insert(flight.link.rank, x)     # one order of addition, so that all ranks have the same logits bit for bit
         total = parts[0]
@@ -162,18 +184,20 @@ class GroupLink:
     """Reaches the columns that live on the other ranks of a process group, each of which holds as many as this one.
 
     `group` is the model group, its ranks in column order. CUDA tensors go through pinned host memory
-    where the group's backend is gloo, which does not send them.
+    where the group's backend is gloo, which does not send them. `wire` is a narrower type for what travels, but
+    for logits, of which every rank must have the same sum; None: as it is.
     """
 
-    def __init__(self, group: dist.ProcessGroup, meter: Meter | None = None) -> None:
-        self.group, self.meter = group, meter or Meter()
+    def __init__(self, group: dist.ProcessGroup, meter: Meter | None = None, wire: torch.dtype | None = None) -> None:
+        self.group, self.meter, self.wire = group, meter or Meter(), wire
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.peers = [rank for rank in range(self.size) if rank != self.rank]
         self.through_host = dist.get_backend(group) == "gloo"
 
-    def staged(self, x: Tensor) -> Tensor:
-        """`x` as the backend can send it: contiguous (gloo sends slices and channels-last tensors WRONG, without an error)."""
-        x = x.detach().contiguous()
+    def staged(self, x: Tensor, narrow: bool = True) -> Tensor:
+        """`x` as it travels: (N, c) or (N, H, W, c), and contiguous (gloo sends slices and transposed tensors WRONG, without an error)."""
+        x = (x if x.ndim <= 2 else x.movedim(1, -1)).detach()
+        x = x.to(self.wire if self.wire and narrow else x.dtype).contiguous()
         if x.is_cuda and self.through_host:
             host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             return host.copy_(x)         # blocking: gloo reads the memory from a thread that knows no stream

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from alexnet_mp import native
 from alexnet_mp.seeds import combine
 
 CHUNK_BYTES = 512 * 1024     # of one operand on the CPU: a handful of them stay in the cache from one operation to the next
@@ -47,6 +48,31 @@ class _ResponseNorm(torch.autograd.Function):
             spread = window_sum((scaled * wide).div_(d)).mul_(wide)
             out.copy_(scaled.add_(spread, alpha=-2 * alpha * beta))
         return dx, None, None, None, None
+
+
+class _AcrossMaps(torch.autograd.Function):
+    """The norm across maps as native.py has it for CPUs, alone or between ReLU and pooling, as one node.
+
+        forward     z -> x = max(z, 0), if `rectify`;  y = norm(x);  max pool of y, if `stride`
+        backward    the same way back, x and d computed again
+
+    Only z is kept, and a byte for each maximum that says where it was: y and its gradient are never whole in memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, k: float, alpha: float, rectify: bool, stride: int) -> Tensor:
+        z = native.dense(z)
+        ctx.settings = k, alpha, rectify, stride
+        result, where = native.forward(z, *ctx.settings)
+        ctx.save_for_backward(z, where)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, where = ctx.saved_tensors
+        form = z if where is None else where
+        return native.backward(z, native.laid_out_like(gradient, form), where, *ctx.settings), None, None, None, None
 
 
 def _chunks(x: Tensor) -> list[Tensor]:
@@ -110,7 +136,20 @@ class LocalResponseNorm(nn.Module):
         self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._compiled(x):
+            return _AcrossMaps.apply(x, self.k, self.alpha, False, 0)
         return response_norm(x, self._window_sum, self.k, self.alpha, self.beta)
+
+    def pooled(self, x: Tensor, size: int, stride: int, rectify: bool) -> Tensor:
+        """`overlapping_max_pool` of the norm of x (N, C, H, W), or of its ReLU (which may then overwrite x)."""
+        if not self._compiled(x):
+            return overlapping_max_pool(self(F.relu_(x) if rectify else x), size, stride)
+        if size == native.POOL and native.is_last(x):
+            return _AcrossMaps.apply(x, self.k, self.alpha, rectify, stride)
+        return overlapping_max_pool(_AcrossMaps.apply(x, self.k, self.alpha, rectify, 0), size, stride)
+
+    def _compiled(self, x: Tensor) -> bool:
+        return not torch.compiler.is_compiling() and native.fits(x, self.size, self.beta)
 
     def _window_sum(self, x: Tensor) -> Tensor:
         return sum_over_neighbours(x, self.size)
@@ -124,6 +163,9 @@ class MapNorm(LocalResponseNorm):
 
     def __init__(self, size: int = 5, k: float = 1.0, alpha: float = 4e-5, beta: float = 0.75) -> None:
         super().__init__(size, k, alpha, beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return response_norm(x, self._window_sum, self.k, self.alpha, self.beta)
 
     def _window_sum(self, x: Tensor) -> Tensor:
         return sum_over_pixels(x, self.size)

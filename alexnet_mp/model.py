@@ -133,15 +133,27 @@ class AlexNet(nn.Module):
             return [layer(y) for layer, y in zip(layers, x, strict=True)]
         arrive = self.link.swap(name, x)
         own = [layer.own(y) for layer, y in zip(layers, x, strict=True)]
-        return [y + layer.peers(p) for y, layer, p in zip(own, layers, arrive(), strict=True)]
+        return [y.add_(layer.peers(p)) for y, layer, p in zip(own, layers, arrive(), strict=True)]
 
     def _layer1(self, x: list[Tensor]) -> list[Tensor]:
         if self.config.layer1_order == "relu-lrn-pool":
-            return self._pool(self._norm(self._activate(x)))
-        return self._activate(self._pool(self._norm(x)))
+            return self._activate_norm_pool(x)
+        return self._activate(self._norm_pool(x))
 
     def _layer2(self, x: list[Tensor]) -> list[Tensor]:
+        if not self.config.map_norm:
+            return self._activate_norm_pool(x)
         return self._pool([self.map_norm(y) for y in self._norm(self._activate(x))])
+
+    def _activate_norm_pool(self, x: list[Tensor]) -> list[Tensor]:
+        if self.config.activation == "relu":
+            return self._norm_pool(x, rectify=True)      # one node of all three: what lies between them is the most memory of all
+        return self._norm_pool(self._activate(x))
+
+    def _norm_pool(self, x: list[Tensor], rectify: bool = False) -> list[Tensor]:
+        if not self.config.lrn:
+            return self._pool(self._activate(x) if rectify else x)
+        return [self.lrn.pooled(y, self.config.pool_size, self.config.pool_stride, rectify) for y in x]
 
     def _norm(self, x: list[Tensor]) -> list[Tensor]:
         return [self.lrn(y) for y in x]     # each column by itself: no window reaches into the other
@@ -163,7 +175,20 @@ class AlexNet(nn.Module):
         return [column.dropout[after](y, keys) for column, y in zip(self.columns.values(), x, strict=True)]
 
     def _padded(self, images: Tensor) -> Tensor:
-        return F.pad(images, self.config.conv1_padding) if any(self.config.conv1_padding) else images
+        """The images as conv1 reads them, in the type it computes in: once, where autocast would do it for every column."""
+        kind = images.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+        if not any(self.config.conv1_padding):
+            return images.to(dtype)
+        left, right, top, bottom = self.config.conv1_padding
+        form = torch.contiguous_format if images.is_contiguous() else torch.channels_last
+        height, width = images.shape[2:]
+        shape = (*images.shape[:2], height + top + bottom, width + left + right)
+        padded = torch.empty(shape, dtype=dtype, device=images.device, memory_format=form)
+        padded[:, :, top:top + height, left:left + width] = images      # several times as fast as F.pad, which knows one format only
+        for edge in (padded[:, :, :top], padded[:, :, top + height:], padded[..., :left], padded[..., left + width:]):
+            edge.zero_()
+        return padded
 
     def _dropout_keys(self, images: Tensor, keys: Tensor | None) -> Tensor | None:
         if keys is None and self.training:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alexnet_mp import checkpoint
+from alexnet_mp import checkpoint, native
 from alexnet_mp.checks import check_alike
 from alexnet_mp.config import Config
 from alexnet_mp.data import build_loaders, load
@@ -22,6 +22,7 @@ from alexnet_mp.lock import NAME as LOCK
 from alexnet_mp.lock import FolderLock
 from alexnet_mp.model import AlexNet
 from alexnet_mp.optim import build_optimizer
+from alexnet_mp.profiling import Profiler
 from alexnet_mp.rendezvous import restarts
 from alexnet_mp.schedule import EarlyStopping, build_schedule
 from alexnet_mp.trainer import NonFiniteError, Stopped, Trainer
@@ -73,6 +74,8 @@ class Run:
             torch.use_deterministic_algorithms(True)
         self.say(self._introduction(config))
         placement.activity = "loading the images"
+        if placement.device.type == "cpu" and config.model.lrn and native.missing():
+            self.say(f"note: {native.missing()}")
         splits = load(config.data, config.run.seed, placement.alone, placement.main, config.data.resized_side(config.model.image_size))
         self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
         self.train_loader, self.val_loader, self.test_loader, self.augment = build_loaders(
@@ -92,6 +95,9 @@ class Run:
             placement=placement, precision=config.run.precision, seed=config.run.seed, max_steps=config.recipe.max_steps)
         self.trainer.on_epoch = self._save
         self.trainer.save_every, self.trainer.on_save = config.run.save_every, self._save
+        self.profiler = Profiler(optimizer, placement) if config.run.profile else None
+        if self.profiler:
+            self.train_loader = self.profiler.watching(self.train_loader)
         self.out = Path(config.run.out or f"runs/{config.preset}-{config.data.data}-{self._start_time()}")
         self.lock = FolderLock(self.out)
 
@@ -111,6 +117,8 @@ class Run:
             raise
         if trainer.batch or not trainer.history:
             self._save()                     # within an epoch: the epochs before it have been saved as they ended
+        if self.profiler:
+            self.say(self.profiler.report(self.out))
         try:
             if trainer.stopping:
                 raise Stopped

@@ -1,0 +1,154 @@
+"""norm.cpp, compiled on first use by the machine's own C++ compiler; without one, layers.py does the same with torch's operations.
+
+A norm is some thirty operations on each value. As tensors every one of them goes through memory, whose fresh pages alone cost more than
+all the arithmetic; compiled, ReLU, norm and pooling together take about as long as ReLU and pooling do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("norm.cpp")
+SIZE, BETA, POOL = 5, 0.75, 3                                    # what is written into the loops
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# No contraction and no relaxed arithmetic: a value comes out the same in a vector and behind the last one. Only errno and traps are given up.
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+
+
+class Unavailable(Exception):
+    """There is no compiled norm; the message says why."""
+
+
+def missing() -> str:
+    """Why there is no compiled norm on this machine; empty where there is one."""
+    found = _library()
+    return "" if isinstance(found, ctypes.CDLL) else found
+
+
+def forward(z: Tensor, k: float, alpha: float, rectify: bool, stride: int) -> tuple[Tensor, Tensor | None]:
+    """The norm of z (N, C, ...), dense and on the CPU, after a ReLU if `rectify`; pooled 3x3 every `stride` pixels if that is not 0.
+
+    Returns also where each maximum was, uint8, if pooled, which needs channels-last. See `fits`.
+    """
+    if not stride:
+        result, where = torch.empty_like(z), None
+    else:
+        height, width = ((n - POOL) // stride + 1 for n in z.shape[2:])
+        result, where = (torch.empty(*z.shape[:2], height, width, dtype=dtype, memory_format=torch.channels_last) for dtype in (z.dtype, torch.uint8))
+    _call("forward", z, k, alpha, rectify, stride, [z, result, where])
+    return result, where
+
+
+def backward(z: Tensor, gradient: Tensor, where: Tensor | None, k: float, alpha: float, rectify: bool, stride: int) -> Tensor:
+    """The gradient for z from that for the result, laid out as the result was."""
+    dz = torch.empty_like(z)
+    _call("backward", z, k, alpha, rectify, stride, [z, gradient, where, dz])
+    return dz
+
+
+def fits(z: Tensor, size: int, beta: float) -> bool:
+    """Whether `forward` can do it."""
+    return z.device.type == "cpu" and z.dtype in DTYPES and size == SIZE and beta == BETA and z.ndim >= 3 and z.numel() > 0 and not missing()
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x`, or a copy of it, in the default format or channels-last."""
+    return x if x.is_contiguous() or is_last(x) else x.contiguous()
+
+
+def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
+    """`x`, or a copy of it, in the format of `other`, which is dense."""
+    return x.contiguous(memory_format=torch.channels_last if is_last(other) else torch.contiguous_format)
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether `x` is dense with its maps last, and not just as well in the default format."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _call(name: str, z: Tensor, k: float, alpha: float, rectify: bool, stride: int, tensors: list[Tensor | None]) -> None:
+    """Images are divided among torch's number of threads; ctypes lets go of the interpreter meanwhile."""
+    function = getattr(_library(), f"{name}_{str(z.dtype).removeprefix('torch.')}")
+    images, maps = z.shape[:2]
+    height, width = z.shape[2:] if z.ndim == 4 else (1, z[0, 0].numel())
+    threads = min(torch.get_num_threads(), images)
+    bounds = [images * i // threads for i in range(threads + 1)]
+
+    def work(first: int, last: int) -> None:
+        shape = (ctypes.c_long * 8)(last - first, maps, height, width, is_last(z), rectify, bool(stride), stride)
+        pointers = [None if x is None else ctypes.c_void_p(x.data_ptr() + first * x.stride(0) * x.element_size()) for x in tensors]
+        function(shape, ctypes.c_double(k), ctypes.c_double(alpha), *pointers)
+
+    if threads == 1:
+        work(0, images)
+        return
+    others = [_helpers().submit(work, *part) for part in itertools.pairwise(bounds[1:])]
+    work(0, bounds[1])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="norm")
+
+
+os.register_at_fork(after_in_child=_helpers.cache_clear)         # threads do not live on in a forked process
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The compiled norm, or why there is none."""
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (Unavailable, OSError) as error:
+        return f"response normalisation is not compiled and takes several times as long: {error}"
+
+
+def _compiled() -> Path:
+    """The library's file, made by the first process that needs it; it is beside Python's own compiled files."""
+    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), None)
+    if compiler is None:
+        raise Unavailable("no C++ compiler (c++, g++, clang++, or what CXX names)")
+    flags = FLAGS + ["-mprefer-vector-width=512"] * (platform.machine() in ("x86_64", "AMD64"))
+    key = hashlib.blake2b(repr((SOURCE.read_bytes(), compiler, flags, _processor())).encode(), digest_size=8).hexdigest()
+    for folder in (SOURCE.parent / "__pycache__", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "alexnet_mp"):
+        target = folder / f"norm-{key}.so"
+        if target.exists():
+            return target
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = Path(scratch) / target.name
+                done = subprocess.run([compiler, *flags, "-o", str(made), str(SOURCE)], capture_output=True, text=True, timeout=300)
+                if done.returncode:
+                    raise Unavailable(f"{compiler}: {(done.stderr.strip().splitlines() or ['failed'])[0][:200]}")
+                os.replace(made, target)                         # whole or not at all: several ranks may be making it
+            return target
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"{compiler} took more than five minutes") from None
+        except OSError:                                          # an installation that is not ours to write to: next folder
+            continue
+    raise Unavailable("no folder to put it in can be written to")
+
+
+def _processor() -> str:
+    """What -march=native means here: a home folder may be shared by different machines."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() + platform.machine()
+    lines = cpuinfo.read_text().splitlines()
+    return "\n".join(next((line for line in lines if line.startswith(word)), "") for word in ("model name", "flags", "Features"))
