@@ -58,6 +58,8 @@ def parse_train(argv: Sequence[str]) -> Config:
         base, checkpoint = _base(argv)
         # --resume has been read: what the flags change must not be changed back by it.
         config = _tyro(Config, argv, TRAIN, base).with_fields(resume=base.run.resume)
+    except BrokenPipeError:                   # whoever read the help has gone; guarded knows
+        raise
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
     if checkpoint:
@@ -149,6 +151,8 @@ def parse_request(kind: type[Kind], argv: list[str], description: str) -> Kind:
         request = _tyro(kind, argv, description)
         if is_main_process():
             _check_writable(request.json)
+    except BrokenPipeError:                   # whoever read the help has gone; guarded knows
+        raise
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
     return request
