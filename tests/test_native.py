@@ -91,14 +91,18 @@ def test_two_threads_of_the_program_may_use_it_at_once() -> None:
     assert all(torch.equal(a, b) for i in range(4) for a, b in zip(expected[i], found[i], strict=True))
 
 
+@pytest.mark.parametrize("row, column", [*itertools.product((3, 4), (3, 4))])      # every place in a window, between the windows that share it
 @pytest.mark.parametrize("pool", [(3, 2), (2, 2)])
-def test_what_is_not_a_number_stays_in_its_own_image_and_reaches_its_own_windows(pool) -> None:
+def test_what_is_not_a_number_stays_in_its_own_image_and_reaches_its_own_windows(pool, row, column) -> None:
     z = random(3, 8, 9, 9).float().contiguous(memory_format=torch.channels_last)
     clean = NORM.pooled(z, *pool, True)
-    z[1, 3, 4, 4] = torch.nan
-    y = NORM.pooled(z, *pool, True)
-    assert torch.equal(y[[0, 2]], clean[[0, 2]])
-    assert torch.isnan(y).any((2, 3))[1].tolist() == [False, True, True, True, True, True, False, False]
+    z[1, 3, row, column] = torch.nan
+    y, size = NORM.pooled(z, *pool, True), pool[0]
+    windows = torch.zeros(8, *y.shape[2:], dtype=torch.bool)
+    for i, j in itertools.product(*map(range, y.shape[2:])):
+        windows[1:6, i, j] = 2 * i <= row < 2 * i + size and 2 * j <= column < 2 * j + size      # the maps whose norm has map 3 in it
+    assert windows.any()
+    assert torch.equal(torch.isnan(y[1]), windows) and torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
 def test_relu_norm_and_pooling_keep_their_input_and_a_byte_for_each_maximum_and_nothing_else() -> None:
