@@ -31,8 +31,6 @@ def check_not_negative(part: Any, *names: str) -> None:
 class ModelConfig:
     """The network. Sizes are per column: `columns=2, kernels=(48, ...)` is the paper's 96 kernels in conv1."""
 
-    network: Literal["alexnet", "four-layers"] = "alexnet"
-    """four-layers: the small convolutional net on which the paper compares ReLU with tanh (P, figure 1); one column."""
     columns: int = 2
     """Independent halves of the network: 1 (the one-GPU net), 2 (the paper) or more."""
     kernels: tuple[int, ...] = (48, 128, 192, 192, 128)
@@ -81,8 +79,11 @@ class ModelConfig:
     """Constant bias of each layer (P 5), or torch (its default)."""
     adaptive_pool: int = 0
     """Average-pool the last map to this side whatever the image size, as the tutorial's net (6); 0: do not."""
+    network: Literal["alexnet", "four-layers"] = "alexnet"
+    """four-layers: the small convolutional net on which the paper compares ReLU with tanh (P, figure 1); one column."""
 
     def __post_init__(self) -> None:
+        check(self.network in KERNEL_SIZES, f"--network {self.network}: not one of {', '.join(KERNEL_SIZES)}")
         check(self.columns >= 1, f"--columns {self.columns}: a network has one column or more")
         small = self.network == "four-layers"
         check(not small or self.columns == 1, f"--columns {self.columns}: --network four-layers has one column")
