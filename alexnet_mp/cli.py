@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,14 +54,10 @@ def parse_train(argv: Sequence[str]) -> Config:
         if at == len(argv) or argv[at].startswith("--"):
             argv.insert(at, LAST)
     argv = _continued(argv)
-    try:
+    with _usage_errors():
         base, checkpoint = _base(argv)
         # --resume has been read: what the flags change must not be changed back by it.
         config = _tyro(Config, argv, TRAIN, base).with_fields(resume=base.run.resume)
-    except BrokenPipeError:                   # whoever read the help has gone; guarded knows
-        raise
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from None
     if checkpoint:
         _refuse_changes(config, base, checkpoint)
     return config
@@ -147,15 +143,22 @@ def _refuse_changes(config: Config, stored: Config, path: Path) -> None:
 
 def parse_request(kind: type[Kind], argv: list[str], description: str) -> Kind:
     """What `argv` asks for, as a `kind`, which has a field `json`. Raises as `parse_train`."""
-    try:
+    with _usage_errors():
         request = _tyro(kind, argv, description)
         if is_main_process():
             _check_writable(request.json)
+    return request
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """What goes wrong inside is a mistake in the command line."""
+    try:
+        yield
     except BrokenPipeError:                   # whoever read the help has gone; guarded knows
         raise
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
-    return request
 
 
 def _check_writable(target: str) -> None:

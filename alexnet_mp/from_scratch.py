@@ -56,6 +56,5 @@ def describe_layers(weights: Sequence[np.ndarray], biases: Sequence[np.ndarray])
     """Shape, mean and standard deviation of each layer's weights, and its bias, a line each."""
     return "\n".join(
         f"layer {number}: weights {' x '.join(map(str, weight.shape)):>18s}  mean {weight.mean():9.6f}  standard deviation {weight.std():.6f}"
-        f"  bias {np.unique(bias).tolist()[0]:g}"
+        f"  bias {bias[0]:g}"
         for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1))
-

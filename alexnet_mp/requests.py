@@ -8,12 +8,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from alexnet_mp.architecture import check
 from alexnet_mp.config import RunConfig
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,10 @@ class Networks:
 
     def __post_init__(self) -> None:
         files, weights = self.checkpoint, self.weights
-        _check(len(files) > 0, "--checkpoint FILE: name at least one, last.pt or best.pt of a run's folder")
-        _check(len(weights) in (0, len(files)), f"--weights {' '.join(f'{w:g}' for w in weights)}: {len(weights)} for {len(files)} "
+        check(len(files) > 0, "--checkpoint FILE: name at least one, last.pt or best.pt of a run's folder")
+        check(len(weights) in (0, len(files)), f"--weights {' '.join(f'{w:g}' for w in weights)}: {len(weights)} for {len(files)} "
                f"checkpoint{'s' * (len(files) > 1)}; give one for each, in their order, or none")
-        _check(all(0 <= w < math.inf for w in weights) and (not weights or sum(weights) > 0),
+        check(all(0 <= w < math.inf for w in weights) and (not weights or sum(weights) > 0),
                f"--weights {' '.join(f'{w:g}' for w in weights)}: none may be negative, and not all of them 0")
 
     @property
@@ -83,11 +79,11 @@ class EvaluateRequest:
     """Write the result into this file too; -: to the standard output, and nothing else there."""
 
     def __post_init__(self) -> None:
-        _check(self.batch_size >= 0, f"--batch-size {self.batch_size}: one image or more, 0 for the checkpoint's own")
+        check(self.batch_size >= 0, f"--batch-size {self.batch_size}: one image or more, 0 for the checkpoint's own")
         for name in ("test", "val", "train"):
             limit = getattr(self, f"limit_{name}")
-            _check(limit >= 0, f"--limit-{name} {limit}: must not be negative")
-            _check(not limit or name == self.split, f"--limit-{name} {limit}: these are not the images of --split {self.split}; "
+            check(limit >= 0, f"--limit-{name} {limit}: must not be negative")
+            check(not limit or name == self.split, f"--limit-{name} {limit}: these are not the images of --split {self.split}; "
                                                     f"--limit-{self.split} limits those")
 
     def data_fields(self) -> dict[str, Any]:
@@ -109,8 +105,8 @@ class PredictRequest:
     """Write the predictions into this file too; -: to the standard output, and nothing else there."""
 
     def __post_init__(self) -> None:
-        _check(len(self.images) > 0, "IMAGE: name one image file or more, after the flags")
-        _check(self.top >= 1, f"--top {self.top}: one class or more")
+        check(len(self.images) > 0, "IMAGE: name one image file or more, after the flags")
+        check(self.top >= 1, f"--top {self.top}: one class or more")
 
 
 @dataclass(frozen=True)
@@ -137,6 +133,6 @@ class PackRequest:
     """Write the report into this file too; -: to the standard output, and nothing else there."""
 
     def __post_init__(self) -> None:
-        _check(self.workers >= 0, f"--workers {self.workers}: one thread or more, 0 for one each core")
-        _check(bool(self.store) != self.check, "--check writes nothing: leave STORE out" if self.check else "STORE: name a folder for the packed "
+        check(self.workers >= 0, f"--workers {self.workers}: one thread or more, 0 for one each core")
+        check(bool(self.store) != self.check, "--check writes nothing: leave STORE out" if self.check else "STORE: name a folder for the packed "
                "images, after SOURCE, or give --check to see what would be packed")

@@ -51,14 +51,9 @@ class Claim:
     base: str = ""                   # preset of both; default: the request's
 
 
-def _half() -> dict[str, Any]:
-    half = preset("original-half").model
-    return {"columns": half.columns, "kernels": half.kernels, "hidden": half.hidden}
-
-
-def _isolated() -> dict[str, Any]:
-    isolated = preset("original-isolated").model
-    return {"crossings": isolated.crossings, "kernels": isolated.kernels, "hidden": isolated.hidden}
+def _network(name: str, *fields: str) -> dict[str, Any]:
+    """These fields of the network of preset `name`."""
+    return {field: getattr(preset(name).model, field) for field in fields}
 
 
 CLAIMS = (
@@ -66,11 +61,12 @@ CLAIMS = (
     Claim("lrn", "LRN", "top-1 -1.4, top-5 -1.2", {"lrn": False, "map_norm": False}),
     Claim("lrn-four-layers", "LRN in the four-layer net", "13 to 11 % on CIFAR-10", {"lrn": False}, POINTS, "four-layers"),
     Claim("overlap", "pooling 3x3, not 2x2, at stride 2", "top-1 -0.4, top-5 -0.3", {"pool_size": 2}),
-    Claim("columns", "two columns, not the one-GPU net", "top-1 -1.7, top-5 -1.2", _half()),
-    Claim("talking", "columns that talk, not isolated ones", "top-1 -1.2, top-5 -1.1 (source)", _isolated()),
+    Claim("columns", "two columns, not the one-GPU net", "top-1 -1.7, top-5 -1.2", _network("original-half", "columns", "kernels", "hidden")),
+    Claim("talking", "columns that talk, not isolated ones", "top-1 -1.2, top-5 -1.1 (source)",
+          _network("original-isolated", "crossings", "kernels", "hidden")),
     Claim("colour", "colour noise", "top-1 more than -1", {"colour_noise": 0.0}),
     Claim("views", "ten views, not one", "top-1 -1.5, top-5 -1.3", {}, VIEWS),
-    Claim("start", "conv3-5 start at 0.03 (source), not 0.01 (paper)", "not said", {"initial_weights": preset("paper").model.initial_weights}),
+    Claim("start", "conv3-5 start at 0.03 (source), not 0.01 (paper)", "not said", _network("paper", "initial_weights")),
 )
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from alexnet_mp.data.packing import cores
+
 CACHES = 64 * 2**20      # bytes that push everything else out of the caches of usual machines
 
 
@@ -160,11 +162,6 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
     return {"device": device.type, "device_name": name, "cores": cores(), "threads_in_all": threads, "torch": torch.__version__,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(), "load_before": round(os.getloadavg()[0], 2),
             "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32} if device.type == "cuda" else None}
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(place: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import common
 import torch
 import torch.distributed as dist
-from common import Contestant, Spread, rounded
+from common import Contestant, Spread, cores, rounded
 from rows import Case
 from rows import Worker as Rank
 from tqdm import tqdm
@@ -161,7 +161,7 @@ def show(rows: list[dict[str, Any]], counted: dict[str, Any]) -> str:
 def main() -> int:
     request = parse_request(Request, sys.argv[1:], __doc__.split("\n\n")[0])
     device = common.choose_device(request.device)
-    threads = request.threads or max(2, common.cores())
+    threads = request.threads or max(2, cores())
     place = common.machine(device, threads)
     print(common.describe(place), flush=True)
     counted = count_bytes(request, device.type, threads)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import common
-from common import Contestant, ContestantFailed, Spread, rounded
+from common import Contestant, ContestantFailed, Spread, cores, rounded
 from rows import FORMATS, ROWS, Case
 from rows import Worker as Rank
 from tqdm import tqdm
@@ -189,7 +189,7 @@ def headline(cases: list[Case], tables: list[list[dict[str, Any]]]) -> dict[str,
 def main() -> int:
     request = parse_request(Request, sys.argv[1:], __doc__.split("\n\n")[0])
     device = common.choose_device(request.device)
-    threads = request.threads or max(2, common.cores())
+    threads = request.threads or max(2, cores())
     place = common.machine(device, threads)
     print(common.describe(place), flush=True)
     cases, tables = request.cases(), []
