@@ -1,7 +1,8 @@
-"""norm.cpp, compiled on first use by the machine's own C++ compiler; without one, layers.py does the same with torch's operations.
+"""norm.cpp and pixels.cpp, compiled on first use by the machine's own C++ compiler; without one, layers.py does the same with torch's operations
+and data/augment.py with NumPy's.
 
 A norm is some thirty operations on each value. As tensors every one of them goes through memory, whose fresh pages alone cost more than
-all the arithmetic; compiled, ReLU, norm and pooling together take about as long as ReLU and pooling do.
+all the arithmetic; compiled, ReLU, norm and pooling together take about as long as ReLU and pooling do. An image's crop likewise.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("norm.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("norm.cpp", "pixels.cpp"))
 SIZE, BETA, POOL = 5, 0.75, 3                                    # what is written into the loops
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # No contraction and no relaxed arithmetic: a value comes out the same in a vector and behind the last one. Only errno and traps are given up.
@@ -62,6 +65,43 @@ def backward(z: Tensor, gradient: Tensor, where: Tensor | None, k: float, alpha:
 def fits(z: Tensor, size: int, beta: float) -> bool:
     """Whether `forward` can do it."""
     return z.device.type == "cpu" and z.dtype in DTYPES and size == SIZE and beta == BETA and z.ndim >= 3 and z.numel() > 0 and not missing()
+
+
+class Mean(NamedTuple):
+    """What is subtracted from a crop: float32 (3, s, s), contiguous, from this place on, mirrored with the crop or not."""
+
+    values: np.ndarray
+    top: int
+    left: int
+    flip: bool
+
+
+def crop(image: np.ndarray, top: int, left: int, flip: bool, mean: Mean | None, constant: float, colour: np.ndarray | None, divisor: float,
+         scale: float, out: np.ndarray) -> None:
+    """out (3, size, size), float32 = ((crop of image - mean - constant) + colour) / divisor / scale, for one uint8 image (3, side, side).
+
+    `colour`: float32 (3,), contiguous. None, 0 and 1 leave their step out. Call it only where nothing is `missing`.
+    """
+    size, (_, row, pixel) = out.shape[-1], image.strides
+    if not (0 <= top <= image.shape[1] - size and 0 <= left <= image.shape[2] - size):      # C would read what lies beside it
+        raise ValueError(f"a crop of {size} pixels at ({top}, {left}) is not inside an image of {image.shape[1]} x {image.shape[2]}")
+    first, mean_steps = None, (0, 0)
+    if mean is not None:
+        mean_steps = mean.values.strides[0] // 4, mean.values.strides[1] // 4
+        first = mean.values.ctypes.data + 4 * (mean.top * mean_steps[1] + mean.left)
+    _library().crop((ctypes.c_long * 8)(size, *image.strides, flip, *mean_steps, mean is not None and mean.flip),
+                    ctypes.c_void_p(image.ctypes.data + top * row + left * pixel), ctypes.c_void_p(first), ctypes.c_float(constant),
+                    ctypes.c_void_p(None if colour is None else colour.ctypes.data), ctypes.c_float(divisor), ctypes.c_float(scale),
+                    ctypes.c_void_p(out.ctypes.data))
+
+
+def sum_colours(image: np.ndarray, images: np.ndarray, products: np.ndarray) -> None:
+    """Adds `image`, uint8 (3, side, side), to `images`, uint32 of its shape, and its sums of products of colours to `products`, float64 (3, 3).
+
+    All contiguous. Call it only where nothing is `missing`.
+    """
+    pointers = [ctypes.c_void_p(x.ctypes.data) for x in (image, images, products)]
+    _library().sum_colours(pointers[0], ctypes.c_long(image[0].size), *pointers[1:])
 
 
 def dense(x: Tensor) -> Tensor:
@@ -124,8 +164,8 @@ def _compiled() -> Path:
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++, clang++, or what CXX names)")
     flags = FLAGS + ["-mprefer-vector-width=512"] * (platform.machine() in ("x86_64", "AMD64"))
-    key = hashlib.blake2b(repr((SOURCE.read_bytes(), compiler, flags, _processor())).encode(), digest_size=8).hexdigest()
-    for folder in (SOURCE.parent / "__pycache__", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "alexnet_mp"):
+    key = hashlib.blake2b(repr(([source.read_bytes() for source in SOURCES], compiler, flags, _processor())).encode(), digest_size=8).hexdigest()
+    for folder in (SOURCES[0].parent / "__pycache__", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "alexnet_mp"):
         target = folder / f"norm-{key}.so"
         if target.exists():
             return target
@@ -133,7 +173,7 @@ def _compiled() -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / target.name
-                done = subprocess.run([compiler, *flags, "-o", str(made), str(SOURCE)], capture_output=True, text=True, timeout=300)
+                done = subprocess.run([compiler, *flags, "-o", str(made), *map(str, SOURCES)], capture_output=True, text=True, timeout=300)
                 if done.returncode:
                     raise Unavailable(f"{compiler}: {(done.stderr.strip().splitlines() or ['failed'])[0][:200]}")
                 os.replace(made, target)                         # whole or not at all: several ranks may be making it

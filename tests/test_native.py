@@ -1,7 +1,9 @@
 """The compiled norm against torch's operations: every type, format and combination that the network uses, on any number of threads."""
 
 import itertools
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,10 +123,8 @@ def test_other_sizes_exponents_and_types_are_left_to_torchs_operations() -> None
 @pytest.fixture
 def _no_library(monkeypatch, tmp_path):
     """As in a fresh installation elsewhere: nothing compiled yet."""
-    source = tmp_path / "package" / "norm.cpp"
-    source.parent.mkdir()
-    source.write_bytes(native.SOURCE.read_bytes())
-    monkeypatch.setattr(native, "SOURCE", source)
+    (tmp_path / "package").mkdir()
+    monkeypatch.setattr(native, "SOURCES", tuple(Path(shutil.copy(source, tmp_path / "package")) for source in native.SOURCES))
     native._library.cache_clear()
     yield
     native._library.cache_clear()
@@ -148,10 +148,10 @@ def test_a_compiler_that_fails_is_quoted_in_one_line(monkeypatch) -> None:
 @pytest.mark.usefixtures("_no_library")
 def test_what_has_been_compiled_is_used_again_and_a_changed_source_is_not(monkeypatch) -> None:
     first = native._compiled()
-    assert first.parent == native.SOURCE.parent / "__pycache__" and list(first.parent.iterdir()) == [first]
+    assert first.parent == native.SOURCES[0].parent / "__pycache__" and list(first.parent.iterdir()) == [first]
     compile_it = native.subprocess.run
     monkeypatch.setattr(native.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
     assert native._compiled() == first
     monkeypatch.setattr(native.subprocess, "run", compile_it)
-    native.SOURCE.write_text(native.SOURCE.read_text() + "// changed\n")
+    native.SOURCES[1].write_text(native.SOURCES[1].read_text() + "// changed\n")
     assert native._compiled() != first

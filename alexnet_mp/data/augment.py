@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet_mp import native
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data.statistics import Statistics
 from alexnet_mp.data.store import Run, resize
+from alexnet_mp.native import Mean
 from alexnet_mp.seeds import combine
 
 
@@ -87,30 +89,22 @@ class Augment:
         """`train`, to the bit, of the images that `image(row)` gives, uint8 (3, side, side), into `out`, float32 (N, 3, size, size).
 
         An image's steps follow each other while it is in the processor's cache: one pass over the memory, and no copy of the
-        stored images. NumPy, not torch, so that a thread may do it without starting torch's beside the trainer's. `run` calls a
+        stored images. Not torch, so that a thread may do it without starting torch's beside the trainer's. `run` calls a
         function of a row for each, e.g. a thread pool's map.
         """
-        target, size = out.numpy(), self.size
-        tops, lefts, flips = draw.top.tolist(), draw.left.tolist(), draw.flip.tolist()
-        mean = self.mean_image.numpy() if self.config.mean == "image-aligned" else None
-        constant = {"image-centre": lambda: self.centre_mean.numpy(), "half": lambda: np.float32(127.5)}.get(self.config.mean, lambda: None)()
-        colour = draw.colour.numpy()[:, :, None, None] if draw.colour is not None and not self.noise_off else None
-        divisor = np.float32(1 + self.config.colour_noise) if colour is not None and self.config.colour_divides else None
+        target, tops, lefts, flips = out.numpy(), draw.top.tolist(), draw.left.tolist(), draw.flip.tolist()
+        colour = draw.colour.numpy() if draw.colour is not None and not self.noise_off else None
+        divisor = 1 + self.config.colour_noise if colour is not None and self.config.colour_divides else 1.0
+        constant, scale = (127.5, 127.5) if self.config.mean == "half" else (0.0, 1.0)
+        crop = _crop if native.missing() else native.crop
 
         def prepare(row: int) -> None:
-            values, y, x = target[row], tops[row], lefts[row]
-            step = -1 if flips[row] else 1
-            values[...] = image(row)[:, y:y + size, x:x + size][:, :, ::step]
-            if mean is not None:
-                values -= mean[:, y:y + size, x:x + size][:, :, ::step]
-            elif constant is not None:
-                values -= constant
-            if colour is not None:
-                values += colour[row]
-            if divisor is not None:
-                values /= divisor
-            if self.config.mean == "half":
-                values /= constant
+            top, left, flip, mean = tops[row], lefts[row], flips[row], None
+            if self.config.mean == "image-aligned":
+                mean = Mean(self.mean_image.numpy(), top, left, flip)
+            elif self.config.mean == "image-centre":
+                mean = Mean(self.centre_mean.numpy(), 0, 0, False)          # not flipped with the image: as in the 2012 source
+            crop(image(row), top, left, flip, mean, constant, None if colour is None else colour[row], divisor, scale, target[row])
 
         for _ in run(prepare, range(len(tops))):
             pass
@@ -160,6 +154,26 @@ class Augment:
 
     def _scaled(self, values: Tensor) -> Tensor:
         return values.div_(127.5) if self.config.mean == "half" else values
+
+
+def _crop(image: np.ndarray, top: int, left: int, flip: bool, mean: Mean | None, constant: float, colour: np.ndarray | None, divisor: float,
+          scale: float, out: np.ndarray) -> None:
+    """`native.crop` in NumPy's words, to the bit."""
+    size = out.shape[-1]
+
+    def cropped(values: np.ndarray, top: int, left: int, flip: bool) -> np.ndarray:
+        return values[:, top:top + size, left:left + size][:, :, ::-1 if flip else 1]
+
+    out[...] = cropped(image, top, left, flip)
+    if mean is not None:
+        out -= cropped(*mean)
+    if constant:
+        out -= np.float32(constant)
+    if colour is not None:
+        out += colour[:, None, None]
+    for number in (divisor, scale):
+        if number != 1:
+            out /= np.float32(number)
 
 
 def needs_statistics(config: DataConfig) -> bool:
