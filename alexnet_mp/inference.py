@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from alexnet_mp import checkpoint
+from alexnet_mp import checkpoint, native
 from alexnet_mp.config import Config
 from alexnet_mp.data import Augment, Loader, Statistics, Store, load, needs_statistics, resize, try_read
 from alexnet_mp.distributed import connect
@@ -69,6 +69,8 @@ class Ensemble:
         self.config = first.config.with_fields(columns=columns, precision=request.precision or first.config.run.precision,
                                                **request.machine(), **changes)
         place = self.placement = connect(self.config)
+        if place.device.type == "cpu":
+            native.keep_freed_memory()
         self.precision = self.config.run.precision
         networks, augments = [], []
         for member in self.members:

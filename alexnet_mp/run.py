@@ -74,8 +74,10 @@ class Run:
             torch.use_deterministic_algorithms(True)
         self.say(self._introduction(config))
         placement.activity = "loading the images"
-        if placement.device.type == "cpu" and config.model.lrn and native.missing():
-            self.say(f"note: {native.missing()}")
+        if placement.device.type == "cpu":
+            native.keep_freed_memory()
+            if config.model.lrn and native.missing():
+                self.say(f"note: {native.missing()}")
         splits = load(config.data, config.run.seed, placement.alone, placement.main, config.data.resized_side(config.model.image_size))
         self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
         self.train_loader, self.val_loader, self.test_loader, self.augment = build_loaders(

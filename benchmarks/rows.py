@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from alexnet_mp import AlexNet, preset
+from alexnet_mp import AlexNet, native, preset
 from alexnet_mp.config import Config, ModelConfig
 from alexnet_mp.distributed import connect
 from alexnet_mp.exchange import TRAINING
@@ -31,15 +31,17 @@ class Row:
     label: str
     ranks: int = 1
     column_ranks: int = 1
+    keeps: bool = True            # what it frees for its next step, on a CPU, as launch/train.py does
 
 
 ROWS = {
-    "torchvision": Row("torchvision's AlexNet, one device, no LRN"),
+    "torchvision": Row("torchvision's AlexNet, one device, no LRN", keeps=False),
+    "torchvision-kept": Row("the same, its freed memory kept like ours"),
     "one": Row("ours, one device"),
     "half": Row("our half net, one device"),
     "two": Row("ours, two ranks of a column each", 2, 2),
     "data-parallel": Row("ours, two data-parallel ranks", 2, 1),
-    "plain": Row("plain transcription, one device"),
+    "plain": Row("plain transcription, one device", keeps=False),
 }
 
 
@@ -94,6 +96,8 @@ class Worker:
         config = preset("paper").with_fields(device=device, threads=max(1, threads // ranks), column_ranks=row.column_ranks, timeout=600.0)
         self.placement = connect(config, Environment(rank, ranks, rank, ranks, "127.0.0.1", port))
         self.device = self.placement.device
+        if row.keeps and self.device.type == "cpu":
+            native.keep_freed_memory()
         torch.manual_seed(0)
 
     def prepare(self, case: Case, memory_format: str) -> None:
@@ -112,7 +116,7 @@ class Worker:
         self.rows, self.steps = torch.arange(first, last, device=self.device), 0
 
     def _network(self, case: Case) -> nn.Module:
-        if self.name == "torchvision":
+        if self.name.startswith("torchvision"):
             return torchvision.models.alexnet(num_classes=case.classes).to(self.device)
         if self.name == "plain":
             return PlainTranscription(case.model("plain")).to(self.device)

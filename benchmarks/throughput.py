@@ -31,7 +31,7 @@ from alexnet_mp.cli import parse_request
 from alexnet_mp.config import check
 from alexnet_mp.console import guarded
 
-RowName = Literal["torchvision", "one", "half", "two", "data-parallel", "plain"]
+RowName = Literal["torchvision", "torchvision-kept", "one", "half", "two", "data-parallel", "plain"]
 Turn = list[dict[str, float]]        # what each rank measured in one turn
 QUICK_SECONDS = 130.0                # for all cases together, beside the start of the processes
 HEADLINES = {                        # key of the JSON's top level: whose ratio to what
@@ -50,7 +50,7 @@ class Request:
     """Arithmetic of the layers, by autocast on every side."""
     mode: tuple[Literal["training", "inference"], ...] = ("training", "inference")
     """training: forward, backward and the optimiser's step. inference: forward only."""
-    rows: tuple[RowName, ...] = ("torchvision", "one", "half", "two", "data-parallel", "plain")
+    rows: tuple[RowName, ...] = ("torchvision", "torchvision-kept", "one", "half", "two", "data-parallel", "plain")
     """What to time."""
     quick: bool = False
     """Training only, one step a turn, a trial of 32 images, and two to five rounds, as two minutes allow."""

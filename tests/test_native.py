@@ -1,7 +1,11 @@
 """The compiled norm against torch's operations: every type, format and combination that the network uses, on any number of threads."""
 
 import itertools
+import os
+import platform
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -155,3 +159,42 @@ def test_what_has_been_compiled_is_used_again_and_a_changed_source_is_not(monkey
     monkeypatch.setattr(native.subprocess, "run", compile_it)
     native.SOURCES[1].write_text(native.SOURCES[1].read_text() + "// changed\n")
     assert native._compiled() != first
+
+
+FAULTS = """
+import os, resource, sys
+from alexnet_mp import native
+import torch
+torch.set_num_threads(1)
+kept = native.keep_freed_memory() if sys.argv[1] == "kept" else None
+if sys.argv[1] == "run":
+    from test_run import SMALL
+    from alexnet_mp.run import run
+    run(SMALL.with_fields(out=sys.argv[2], epochs=1, limit_train=32, limit_val=32, limit_test=32))
+count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**22), torch.ones(2**26)
+before = count()
+for _ in range(4):
+    torch.ones(2**26)            # 256 MiB
+print(kept, (count() - before) * os.sysconf("SC_PAGE_SIZE") // 2**20)
+"""
+
+
+def faulted(*arguments: str, **environment: str) -> tuple[str, int]:
+    """What `keep_freed_memory` said, and how many MiB of pages were new in allocating 4 x 256 MiB again, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", FAULTS, *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+                          timeout=120, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment)
+    kept, new = done.stdout.splitlines()[-1].split()
+    return kept, int(new)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_is_kept_for_the_next_step_by_a_run_too_unless_the_user_has_tuned_the_allocator(tmp_path) -> None:
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if huge.exists() and "[always]" in huge.read_text():
+        pytest.skip("pages are large here, their number says nothing")
+    assert faulted("as it comes")[1] > 900
+    assert faulted("kept") == ("True", 0)
+    assert faulted("run", str(tmp_path / "run"))[1] <= 256          # the first of the four may find a small block in its way
+    kept, new = faulted("kept", MALLOC_TRIM_THRESHOLD_="100000")
+    assert kept == "False" and new > 900
