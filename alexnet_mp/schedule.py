@@ -130,11 +130,14 @@ class Log(Constant):
 
 
 class Cosine(Constant):
-    """Half a cosine from the first rate to zero over `epochs`, after a linear rise over `warmup` epochs; set before every step."""
+    """Half a cosine from the first rate to zero over `epochs`, after a linear rise over `warmup` epochs; set before every step.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int, warmup: float = 0.0) -> None:
+    Biases that have a rate of their own keep it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int, warmup: float = 0.0, fixed_biases: bool = False) -> None:
         super().__init__(optimizer)
-        self.epochs, self.warmup = max(epochs, 1), warmup
+        self.epochs, self.warmup, self.fixed_biases = max(epochs, 1), warmup, fixed_biases
         self.first = [group["lr"] for group in optimizer.param_groups]
 
     def advance(self, epoch: float) -> None:
@@ -142,7 +145,7 @@ class Cosine(Constant):
         if epoch < self.warmup:
             share *= epoch / self.warmup
         for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
-            group["lr"] = first * share
+            group["lr"] = first * (1.0 if self.fixed_biases and group.get("kind") == "bias" else share)
 
 
 def last_reached(steps: tuple[tuple[float, float], ...], at: float, before: float) -> float:
@@ -159,5 +162,5 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> Co
     if recipe.schedule == "log":
         return Log(optimizer, recipe.epochs, fixed)
     if recipe.schedule == "cosine":
-        return Cosine(optimizer, recipe.epochs, recipe.warmup_epochs)
+        return Cosine(optimizer, recipe.epochs, recipe.warmup_epochs, fixed)
     return Constant(optimizer)

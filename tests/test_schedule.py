@@ -75,6 +75,12 @@ def test_cosine_ends_at_zero_and_passes_half_in_the_middle() -> None:
     assert seen == pytest.approx([0.1, 0.05, 0.0])
 
 
+def test_cosine_leaves_biases_their_own_rate() -> None:
+    schedule, optimizer = made(schedule="cosine", epochs=4, lr=0.1, bias_lr=0.02)
+    schedule.advance(2)
+    assert (rates(optimizer)["rest", "weight"], rates(optimizer)["rest", "bias"]) == pytest.approx((0.05, 0.02))
+
+
 @pytest.mark.parametrize("kind", ["constant", "plateau", "log", "cosine"])
 def test_a_schedule_continues_from_its_saved_state(kind: str) -> None:
     def run(schedule, optimizer, epochs):
