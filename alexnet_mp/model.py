@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alexnet_mp.config import ModelConfig
 from alexnet_mp.crossing import Crossing, CrossingConv2d, CrossingLinear
+from alexnet_mp.first_layer import FirstConv2d, first_input
 from alexnet_mp.layers import Dropout, LocalResponseNorm, MapNorm, dropout_keys, overlapping_max_pool
 from alexnet_mp.seeds import combine
 from alexnet_mp.summary import summary
@@ -68,7 +69,7 @@ class Column(nn.Module):
                 return CrossingLinear(inputs, units, index, config.columns)
             return nn.utils.skip_init(nn.Linear, inputs, units)
 
-        self.conv1 = nn.utils.skip_init(nn.Conv2d, 3, k1, 11, stride=4)
+        self.conv1 = nn.utils.skip_init(FirstConv2d, k1)
         self.conv2 = conv("conv2", k1, k2, 5)
         self.conv3 = conv("conv3", k2, k3, 3)
         self.conv4 = conv("conv4", k3, k4, 3)
@@ -115,7 +116,7 @@ class AlexNet(nn.Module):
         without them the model counts its own training passes.
         """
         keys = self._dropout_keys(images, keys)
-        x = [self._padded(images)] * len(self.columns)             #   3 x 227 x 227, the same for every column
+        x = self._images(images)                                   #   3 x 227 x 227, the same for every column
         x = self._layer1(self._read("conv1", x))                   #  48 x 55 x 55 -> 48 x 27 x 27
         x = self._layer2(self._read("conv2", x))                   # 128 x 27 x 27 -> 128 x 13 x 13
         x = self._activate(self._read("conv3", x))                 # 192 x 13 x 13
@@ -174,21 +175,9 @@ class AlexNet(nn.Module):
             return x
         return [column.dropout[after](y, keys) for column, y in zip(self.columns.values(), x, strict=True)]
 
-    def _padded(self, images: Tensor) -> Tensor:
-        """The images as conv1 reads them, in the type it computes in: once, where autocast would do it for every column."""
-        kind = images.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
-        if not any(self.config.conv1_padding):
-            return images.to(dtype)
-        left, right, top, bottom = self.config.conv1_padding
-        form = torch.contiguous_format if images.is_contiguous() else torch.channels_last
-        height, width = images.shape[2:]
-        shape = (*images.shape[:2], height + top + bottom, width + left + right)
-        padded = torch.empty(shape, dtype=dtype, device=images.device, memory_format=form)
-        padded[:, :, top:top + height, left:left + width] = images      # several times as fast as F.pad, which knows one format only
-        for edge in (padded[:, :, :top], padded[:, :, top + height:], padded[..., :left], padded[..., left + width:]):
-            edge.zero_()
-        return padded
+    def _images(self, images: Tensor) -> list[Tensor]:
+        conv1 = next(iter(self.columns.values())).conv1
+        return [first_input(images, self.config.conv1_padding, conv1)] * len(self.columns)
 
     def _dropout_keys(self, images: Tensor, keys: Tensor | None) -> Tensor | None:
         if keys is None and self.training:

@@ -38,7 +38,7 @@ class FourLayerNet(AlexNet):
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Logits (N, classes) of images (N, 3, S, S). There is no dropout: `keys` change nothing."""
         size, stride = self.config.pool_size, self.config.pool_stride
-        x = self._read("conv1", [self._padded(images)])                                        # 32 x 32 x 32
+        x = self._read("conv1", self._images(images))                                          # 32 x 32 x 32
         x = self._activate([F.max_pool2d(y, size, stride, ceil_mode=True) for y in x])         # 32 x 16 x 16
         x = self._activate(self._read("conv2", self._norm(x)))                                 # 32 x 16 x 16
         x = self._norm([F.avg_pool2d(y, size, stride, ceil_mode=True) for y in x])             # 32 x 8 x 8

@@ -13,7 +13,7 @@ ROWS = [
     {"seeds", "lock", "from_scratch", "native"},
     {"architecture"},
     {"config"},
-    {"presets", "layers", "exchange", "optim", "schedule", "precision", "summary", "crossing", "tally", "data"},
+    {"presets", "layers", "exchange", "optim", "schedule", "precision", "summary", "crossing", "first_layer", "tally", "data"},
     {"model"},
     {"networks"},
     {"heartbeat", "rendezvous", "distributed", "evaluation", "lettering", "figures", "pictures"},
