@@ -96,13 +96,14 @@ def crop(image: np.ndarray, top: int, left: int, flip: bool, mean: Mean | None, 
                     ctypes.c_void_p(out.ctypes.data))
 
 
-def sum_colours(image: np.ndarray, images: np.ndarray, products: np.ndarray) -> None:
-    """Adds `image`, uint8 (3, side, side), to `images`, uint32 of its shape, and its sums of products of colours to `products`, float64 (3, 3).
+def colour_products(image: np.ndarray) -> np.ndarray:
+    """float64 (3, 3), whole numbers: for each two colours of `image`, uint8 (3, side, side), contiguous, the sum of their products over the pixels.
 
-    All contiguous. Call it only where nothing is `missing`.
+    Call it only where nothing is `missing`.
     """
-    pointers = [ctypes.c_void_p(x.ctypes.data) for x in (image, images, products)]
-    _library().sum_colours(pointers[0], ctypes.c_long(image[0].size), *pointers[1:])
+    products = np.empty((3, 3))
+    _library().colour_products(ctypes.c_void_p(image.ctypes.data), ctypes.c_long(image[0].size), ctypes.c_void_p(products.ctypes.data))
+    return products
 
 
 def keep_freed_memory() -> bool:

@@ -45,9 +45,8 @@ extern "C" void crop(const long* numbers, const std::uint8_t* image, const float
     }
 }
 
-// Adds an image (3, pixels) to `images`, and the sums of its colours' products to `products` (3, 3). Whole numbers: any order gives the same.
-extern "C" void sum_colours(const std::uint8_t* image, long pixels, std::uint32_t* __restrict images, double* products) {
-    VECTOR for (long i = 0; i < 3 * pixels; ++i) images[i] += image[i];
+// The sums over the pixels of an image (3, pixels) of its colours' products, (3, 3). Whole numbers: any order gives the same.
+extern "C" void colour_products(const std::uint8_t* image, long pixels, double* products) {
     const std::uint8_t *r = image, *g = image + pixels, *b = image + 2 * pixels;
     std::int64_t sums[6] = {};
     for (long start = 0; start < pixels; start += 4096) {              // 4096 * 255 * 255 fits into 32 bits
@@ -60,5 +59,5 @@ extern "C" void sum_colours(const std::uint8_t* image, long pixels, std::uint32_
         for (int k = 0; k < 6; ++k) sums[k] += part[k];
     }
     const int place[9] = {0, 1, 2, 1, 3, 4, 2, 4, 5};
-    for (int k = 0; k < 9; ++k) products[k] += double(sums[place[k]]);
+    for (int k = 0; k < 9; ++k) products[k] = double(sums[place[k]]);
 }

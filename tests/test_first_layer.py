@@ -30,7 +30,6 @@ def test_conv1_over_blocks_is_conv1(size, padding, memory_format) -> None:
     expected = plain(layer.double(), images.double(), padding)
     gradient = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad(expected, (layer.weight, layer.bias), gradient)
-    layer = layer.float()
     y = layer.float()(in_blocks(images, padding).float())          # float32: nothing is hidden by rounding
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad(y, (layer.weight, layer.bias), gradient.float())

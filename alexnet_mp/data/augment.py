@@ -96,14 +96,14 @@ class Augment:
         colour = draw.colour.numpy() if draw.colour is not None and not self.noise_off else None
         divisor = 1 + self.config.colour_noise if colour is not None and self.config.colour_divides else 1.0
         constant, scale = (127.5, 127.5) if self.config.mean == "half" else (0.0, 1.0)
+        aligned = Mean(self.mean_image.numpy(), 0, 0, False) if self.config.mean == "image-aligned" else None
+        centre = Mean(self.centre_mean.numpy(), 0, 0, False) if self.config.mean == "image-centre" else None
         crop = _crop if native.missing() else native.crop
 
         def prepare(row: int) -> None:
-            top, left, flip, mean = tops[row], lefts[row], flips[row], None
-            if self.config.mean == "image-aligned":
-                mean = Mean(self.mean_image.numpy(), top, left, flip)
-            elif self.config.mean == "image-centre":
-                mean = Mean(self.centre_mean.numpy(), 0, 0, False)          # not flipped with the image: as in the 2012 source
+            top, left, flip = tops[row], lefts[row], flips[row]
+            # The centre's is not flipped with the image: as in the 2012 source.
+            mean = aligned._replace(top=top, left=left, flip=flip) if aligned else centre
             crop(image(row), top, left, flip, mean, constant, None if colour is None else colour[row], divisor, scale, target[row])
 
         for _ in run(prepare, range(len(tops))):

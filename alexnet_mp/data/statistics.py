@@ -43,19 +43,15 @@ class Sums:
 
     def add(self, image: np.ndarray) -> None:
         """One image, uint8 (3, side, side)."""
-        side, compiled = image.shape[-1], not native.missing() and image.flags.c_contiguous
-        products = None if compiled else _products(image)
+        side, products = image.shape[-1], _products(image)
         with self.lock:
             if side not in self.counts:
                 self._start(side, np.uint32)
             if self.counts[side] == 2**24:              # 2**24 * 255 just fits into 32 bits
                 self.images[side] = self.images[side].astype(np.int64)
             self.counts[side] += 1
-            if compiled and self.images[side].dtype == np.uint32:
-                native.sum_colours(image, self.images[side], self.products[side])
-            else:
-                np.add(self.images[side], image, out=self.images[side])
-                self.products[side] += _products(image) if products is None else products
+            np.add(self.images[side], image, out=self.images[side])
+            self.products[side] += products
 
     def _start(self, side: int, kind: type) -> None:
         self.counts[side], self.images[side], self.products[side] = 0, np.zeros((3, side, side), kind), np.zeros((3, 3))
@@ -116,6 +112,8 @@ def sums_of(images: Iterable[np.ndarray]) -> Sums:
 
 def _products(image: np.ndarray) -> np.ndarray:
     """float64 (3, 3), whole numbers: for each two colours the sum of their products over the pixels."""
+    if image.flags.c_contiguous and not native.missing():
+        return native.colour_products(image)
     pixels = image.shape[1] * image.shape[2]
     centred = _scratch(3, -(-pixels // EXACT) * EXACT)
     centred[:, pixels:] = 0
