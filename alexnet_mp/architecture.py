@@ -15,6 +15,7 @@ KERNEL_SIZES = {
     "alexnet": {"conv1": 11, "conv2": 5, "conv3": 3, "conv4": 3, "conv5": 3},      # P, figure 2
     "four-layers": {"conv1": 5, "conv2": 5, "conv3": 5},                           # cuda-convnet, example-layers/layers-18pct.cfg
 }
+CONV1_STRIDE = 4                                                                   # P 3.5; the four-layer net's is 1
 
 
 def check(condition: bool, message: str) -> None:
@@ -144,7 +145,8 @@ class ModelConfig:
         def pool(n: int) -> int:
             return (n - self.pool_size) // self.pool_stride + 1 if n >= self.pool_size else 0
 
-        conv1 = tuple(max((n - 11) // 4 + 1, 0) for n in (size + top + bottom, size + left + right))
+        side = self.kernel_sizes["conv1"]
+        conv1 = tuple(max((n - side) // CONV1_STRIDE + 1, 0) for n in (size + top + bottom, size + left + right))
         pool1 = tuple(pool(n) for n in conv1)
         pool2 = tuple(pool(n) for n in pool1)          # conv2 keeps the size: 5x5, padding 2
         pool5 = tuple(pool(n) for n in pool2)          # conv3 to conv5 too: 3x3, padding 1

@@ -116,7 +116,7 @@ def _base(argv: list[str]) -> tuple[Config, Path | None]:
     if name is not None and name != stored.preset:
         raise ValueError(f"--preset {name}: {path} was trained with --preset {stored.preset}; leave the flag out to continue it")
     return stored.with_fields(resume=str(path), out=out or str(path.parent), device="auto", backend="auto", threads=0, workers=0, column_ranks=0,
-                              timeout=60.0, compile=False, deterministic=False, max_steps=0, profile=False), path
+                              timeout=60.0, compile=False, cuda_graphs=False, deterministic=False, max_steps=0, profile=False), path
 
 
 def stored_config(path: Path) -> Config:

@@ -129,6 +129,8 @@ class RunConfig:
     """Write OUT/trace.json, of a few steps for chrome://tracing or Perfetto, and print where each step's time goes."""
     compile: bool = False
     """Compile what lies between two crossings with torch.compile."""
+    cuda_graphs: bool = False
+    """Compile it and replay it as CUDA graphs; the exchange stays outside them."""
     deterministic: bool = False
     """Only algorithms that repeat bit for bit (on CUDA slower)."""
     threads: int = 0

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
 from alexnet_mp import heartbeat
 from alexnet_mp.trainer import NonFiniteError, Trainer
@@ -64,6 +65,9 @@ class Signals:
 
 def guarded(main: Callable[[], int]) -> NoReturn:
     """Runs `main` and exits with its code; errors that a user can cause become one line on the screen."""
+    # tqdm's own lock has a semaphore of multiprocessing. Where that is not fork (Python 3.14), a process that ends without
+    # Python's clean-up, by os._exit below or a kill, leaves it to a helper, which complains after the last line.
+    tqdm.set_lock(threading.RLock())
     try:
         code = main()
     except SystemExit as stop:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIZE, STRIDE = 11, 4                          # paper, section 3.5
+from alexnet_mp.architecture import CONV1_STRIDE, KERNEL_SIZES
+
+SIZE, STRIDE = KERNEL_SIZES["alexnet"]["conv1"], CONV1_STRIDE
 REACH = SIZE // STRIDE + 1                    # blocks that a kernel touches along one axis
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from alexnet_mp import native
+from alexnet_mp import fusing, native
 from alexnet_mp.seeds import combine
 
 CHUNK_BYTES = 512 * 1024     # of one operand on the CPU: a handful of them stay in the cache from one operation to the next
@@ -26,28 +26,45 @@ class _ResponseNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window_sum: Callable[[Tensor], Tensor], k: float, alpha: float, beta: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.settings = window_sum, k, alpha, beta
-        y = torch.empty_like(x)
-        for part, out in zip(_chunks(x), _chunks(y), strict=True):
-            wide = _widened(part)
-            out.copy_(wide * _power(_denominator(wide, window_sum, k, alpha), beta))
-        return y
+        ctx.settings = settings
+        return _computed(_norm, settings, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        window_sum, k, alpha, beta = ctx.settings
-        dx = torch.empty_like(x)
-        for part, g, out in zip(_chunks(x), _chunks(gradient), _chunks(dx), strict=True):
-            wide, g = _widened(part), _widened(g)
-            d = _denominator(wide, window_sum, k, alpha)
-            scaled = g * _power(d, beta)                                    # g d^-beta
-            spread = window_sum((scaled * wide).div_(d)).mul_(wide)
-            out.copy_(scaled.add_(spread, alpha=-2 * alpha * beta))
-        return dx, None, None, None, None
+        return _computed(_norm_gradient, ctx.settings, x, gradient), *(None for _ in ctx.settings)
+
+
+def _norm(x: Tensor, window_sum: Callable[[Tensor, int], Tensor], size: int, k: float, alpha: float, beta: float) -> Tensor:
+    wide = _widened(x)
+    return (wide * _power(_denominator(wide, window_sum, size, k, alpha), beta)).to(x.dtype)
+
+
+def _norm_gradient(x: Tensor, gradient: Tensor, window_sum: Callable[[Tensor, int], Tensor], size: int, k: float, alpha: float,
+                   beta: float) -> Tensor:
+    wide = _widened(x)
+    d = _denominator(wide, window_sum, size, k, alpha)
+    scaled = _widened(gradient) * _power(d, beta)                           # g d^-beta
+    spread = window_sum((scaled * wide).div_(d), size).mul_(wide)
+    return scaled.add_(spread, alpha=-2 * alpha * beta).to(x.dtype)
+
+
+def _computed(function: Callable[..., Tensor], settings: tuple[Any, ...], x: Tensor, *others: Tensor) -> Tensor:
+    """`function` of these tensors of one shape: one kernel on CUDA, a cacheful of images at a time on the CPU."""
+    if torch.compiler.is_compiling():
+        return function(x, *others, *settings)
+    if fusing.fuses(x.device.type):
+        return fusing.compiled(function)(x, *others, *settings)
+    if x.device.type != "cpu":
+        return function(x, *others, *settings)
+    result = torch.empty_like(x)
+    images = max(1, CHUNK_BYTES // (4 * max(x[:1].numel(), 1)))
+    for out, *parts in zip(*(tensor.split(images) for tensor in (result, x, *others)), strict=True):
+        out.copy_(function(*parts, *settings))
+    return result
 
 
 class _AcrossMaps(torch.autograd.Function):
@@ -75,20 +92,12 @@ class _AcrossMaps(torch.autograd.Function):
         return native.backward(z, native.laid_out_like(gradient, form), where, *ctx.settings), None, None, None, None
 
 
-def _chunks(x: Tensor) -> list[Tensor]:
-    """Runs of images that fit the CPU's cache together with what is computed from them; on other devices all at once."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return [x]
-    image_bytes = max(x[:1].numel(), 1) * 4
-    return list(x.split(max(1, CHUNK_BYTES // image_bytes)))
-
-
 def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _denominator(x: Tensor, window_sum: Callable[[Tensor], Tensor], k: float, alpha: float) -> Tensor:
-    return window_sum(x * x).mul_(alpha).add_(k)
+def _denominator(x: Tensor, window_sum: Callable[[Tensor, int], Tensor], size: int, k: float, alpha: float) -> Tensor:
+    return window_sum(x * x, size).mul_(alpha).add_(k)
 
 
 def _power(d: Tensor, beta: float) -> Tensor:
@@ -117,11 +126,6 @@ def sum_over_pixels(x: Tensor, size: int) -> Tensor:
     return F.avg_pool2d(x, size, stride=1, padding=size // 2, divisor_override=1)
 
 
-def response_norm(x: Tensor, window_sum: Callable[[Tensor], Tensor], k: float, alpha: float, beta: float) -> Tensor:
-    """x / (k + alpha * window_sum(x^2))^beta, of any shape and floating type; see `_ResponseNorm`."""
-    return _ResponseNorm.apply(x, window_sum, k, alpha, beta)
-
-
 class LocalResponseNorm(nn.Module):
     """Local response normalisation across kernel maps (paper, section 3.3): (N, C, H, W) -> the same.
 
@@ -138,7 +142,7 @@ class LocalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._compiled(x):
             return _AcrossMaps.apply(x, self.k, self.alpha, False, 0)
-        return response_norm(x, self._window_sum, self.k, self.alpha, self.beta)
+        return _ResponseNorm.apply(x, sum_over_neighbours, self.size, self.k, self.alpha, self.beta)
 
     def pooled(self, x: Tensor, size: int, stride: int, rectify: bool) -> Tensor:
         """`overlapping_max_pool` of the norm of x (N, C, H, W), or of its ReLU (which may then overwrite x)."""
@@ -151,9 +155,6 @@ class LocalResponseNorm(nn.Module):
     def _compiled(self, x: Tensor) -> bool:
         return not torch.compiler.is_compiling() and native.fits(x, self.size, self.beta)
 
-    def _window_sum(self, x: Tensor) -> Tensor:
-        return sum_over_neighbours(x, self.size)
-
     def extra_repr(self) -> str:
         return f"{self.size} maps, k={self.k:g}, alpha={self.alpha:g}, beta={self.beta:g}"
 
@@ -165,10 +166,7 @@ class MapNorm(LocalResponseNorm):
         super().__init__(size, k, alpha, beta)
 
     def forward(self, x: Tensor) -> Tensor:
-        return response_norm(x, self._window_sum, self.k, self.alpha, self.beta)
-
-    def _window_sum(self, x: Tensor) -> Tensor:
-        return sum_over_pixels(x, self.size)
+        return _ResponseNorm.apply(x, sum_over_pixels, self.size, self.k, self.alpha, self.beta)
 
     def extra_repr(self) -> str:
         return f"{self.size}x{self.size} pixels, k={self.k:g}, alpha={self.alpha:g}, beta={self.beta:g}"
@@ -196,6 +194,7 @@ def _mixed(x: Tensor, shift: int, factor: int) -> Tensor:
     return x.bitwise_xor_(high).mul_(_signed(factor))
 
 
+@torch.compiler.disable       # whose products of integers do not wrap, or are floating point
 def dropout_keys(seed: int, step: int, rows: Tensor) -> Tensor:
     """One int64 key per row of the global batch: rows (N,) -> (N,), on the device of `rows`."""
     keys = rows.long() * _ROW + combine(seed, "dropout", step)
@@ -204,6 +203,7 @@ def dropout_keys(seed: int, step: int, rows: Tensor) -> Tensor:
     return keys
 
 
+@torch.compiler.disable
 def dropout_mask(keys: Tensor, layer: str, column: int, units: int, rate: float) -> Tensor:
     """Which units are dropped: keys (N,) -> bool (N, units), True with probability `rate`."""
     base = _signed(combine("dropout", layer, column))

@@ -115,7 +115,8 @@ class AlexNet(nn.Module):
         `keys` (N,) from `dropout_keys` name the rows of the global batch, so that masks do not depend on placement;
         without them the model counts its own training passes.
         """
-        keys = self._dropout_keys(images, keys)
+        if keys is None and self.training:
+            keys = self._next_keys(images)
         x = self._images(images)                                   #   3 x 227 x 227, the same for every column
         x = self._layer1(self._read("conv1", x))                   #  48 x 55 x 55 -> 48 x 27 x 27
         x = self._layer2(self._read("conv2", x))                   # 128 x 27 x 27 -> 128 x 13 x 13
@@ -179,12 +180,10 @@ class AlexNet(nn.Module):
         conv1 = next(iter(self.columns.values())).conv1
         return [first_input(images, self.config.conv1_padding, conv1)] * len(self.columns)
 
-    def _dropout_keys(self, images: Tensor, keys: Tensor | None) -> Tensor | None:
-        if keys is None and self.training:
-            rows = torch.arange(len(images), device=images.device)
-            keys = dropout_keys(self.seed, self.training_passes, rows)
-            self.training_passes += 1
-        return keys
+    @torch.compiler.disable      # it would be compiled again for every value of the counter
+    def _next_keys(self, images: Tensor) -> Tensor:
+        self.training_passes += 1
+        return dropout_keys(self.seed, self.training_passes - 1, torch.arange(len(images), device=images.device))
 
     def canonical(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """`read(parameter)` of every parameter, under the names and in the shapes of the state dict.

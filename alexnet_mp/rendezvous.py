@@ -199,7 +199,7 @@ def _understood(rank: int, message: bytes, like: dict[str, object]) -> dict[str,
     raise ValueError(f"rank {rank} says of itself what no rank of this program says; do all ranks run the same version of it?")
 
 
-ALIKE = ("precision", "compile", "deterministic", "column_ranks", "backend", "resume", "out", "save_every", "keep", "timeout")
+ALIKE = ("precision", "compile", "cuda_graphs", "deterministic", "column_ranks", "backend", "resume", "out", "save_every", "keep", "timeout")
 """Fields of the run that must agree: what one rank does by them, another waits for."""
 
 

@@ -41,9 +41,9 @@ class Networks:
         files, weights = self.checkpoint, self.weights
         check(len(files) > 0, "--checkpoint FILE: name at least one, last.pt or best.pt of a run's folder")
         check(len(weights) in (0, len(files)), f"--weights {' '.join(f'{w:g}' for w in weights)}: {len(weights)} for {len(files)} "
-               f"checkpoint{'s' * (len(files) > 1)}; give one for each, in their order, or none")
+              f"checkpoint{'s' * (len(files) > 1)}; give one for each, in their order, or none")
         check(all(0 <= w < math.inf for w in weights) and (not weights or sum(weights) > 0),
-               f"--weights {' '.join(f'{w:g}' for w in weights)}: none may be negative, and not all of them 0")
+              f"--weights {' '.join(f'{w:g}' for w in weights)}: none may be negative, and not all of them 0")
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -84,7 +84,7 @@ class EvaluateRequest:
             limit = getattr(self, f"limit_{name}")
             check(limit >= 0, f"--limit-{name} {limit}: must not be negative")
             check(not limit or name == self.split, f"--limit-{name} {limit}: these are not the images of --split {self.split}; "
-                                                    f"--limit-{self.split} limits those")
+                                                   f"--limit-{self.split} limits those")
 
     def data_fields(self) -> dict[str, Any]:
         """What changes in a checkpoint's data configuration; its own limits never count."""
@@ -135,4 +135,4 @@ class PackRequest:
     def __post_init__(self) -> None:
         check(self.workers >= 0, f"--workers {self.workers}: one thread or more, 0 for one each core")
         check(bool(self.store) != self.check, "--check writes nothing: leave STORE out" if self.check else "STORE: name a folder for the packed "
-               "images, after SOURCE, or give --check to see what would be packed")
+              "images, after SOURCE, or give --check to see what would be packed")

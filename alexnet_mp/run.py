@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from alexnet_mp import checkpoint, native
+from alexnet_mp import checkpoint, fusing, native
 from alexnet_mp.checks import check_alike
-from alexnet_mp.config import Config
+from alexnet_mp.config import Config, check
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.distributed import Placement, connect, describe
 from alexnet_mp.exchange import EVALUATION, TRAINING
@@ -74,10 +74,13 @@ class Run:
             torch.use_deterministic_algorithms(True)
         self.say(self._introduction(config))
         placement.activity = "loading the images"
-        if placement.device.type == "cpu":
+        kind = placement.device.type
+        check(kind == "cuda" or not config.run.cuda_graphs, f"--cuda-graphs: {kind} has none; leave the flag out, or give --compile instead")
+        if kind == "cpu":
             native.keep_freed_memory()
-            if config.model.lrn and native.missing():
-                self.say(f"note: {native.missing()}")
+        slow = native.missing() if kind == "cpu" else fusing.missing(kind) if kind in fusing.DEVICES else ""
+        if config.model.lrn and slow:
+            self.say(f"note: {slow}")
         splits = load(config.data, config.run.seed, placement.alone, placement.main, config.data.resized_side(config.model.image_size))
         self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
         self.train_loader, self.val_loader, self.test_loader, self.augment = build_loaders(
@@ -87,8 +90,8 @@ class Run:
         self.say(f"{config.data.data}: {len(self.data['classes'])} classes; {' / '.join(f'{n:,}' for n in self.data['images'])} images "
                  "to train / validate / test")
         self.model = placement.build_model(config.model, config.run.seed)
-        if config.run.compile:
-            self.model.compile()
+        if config.run.compile or config.run.cuda_graphs:
+            self.model.compile(mode="reduce-overhead" if config.run.cuda_graphs else "default")
         optimizer = build_optimizer(self.model, config.recipe)
         self.trainer = Trainer(
             self.model, nn.CrossEntropyLoss(reduction="sum"), optimizer, placement.device, patience=0,

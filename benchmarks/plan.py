@@ -130,7 +130,8 @@ class Plan:
         """What of the ring that adds up the copies' gradients outlasts the backward pass of the convolutions behind the classifier."""
         if copies == 1:
             return 0.0
-        link = self.near if copies * columns <= self.devices_per_node else self.far
+        slower = Link(min(self.near.bandwidth, self.far.bandwidth), max(self.near.latency, self.far.latency))
+        link = self.near if copies * columns <= self.devices_per_node else slower        # a ring over nodes passes through both kinds
         ring = 2 * (copies - 1) * link.seconds(self.gradients / columns / copies)
         convolutions = sum(row["multiply_adds"] for name, row in self.layers.items() if name.startswith("conv")) / self.work
         return max(0.0, ring - rows * self.device.image / columns * convolutions * 2 / 3)

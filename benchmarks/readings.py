@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from tyro.conf import arg
 
-from alexnet_mp import Config, Trainer, build_network, cli, preset
+from alexnet_mp import Config, Trainer, build_network, cli, native, preset
 from alexnet_mp.console import guarded, printing_json
 from alexnet_mp.data import Splits, Store, build_loaders, load
 from alexnet_mp.figures import moving_average, saved
@@ -180,6 +180,8 @@ def trained(request: ReadingsRequest) -> Iterator[dict[str, Any]]:
     """One row after another, as they are ready."""
     device = choose_device(request.device, Environment())
     set_threads(request.threads, Environment(), device)
+    if device.type == "cpu":
+        native.keep_freed_memory()
     configs = variants(request)
     first = configs["paper"]
     side = first.data.resized_side(request.image_size)

@@ -54,6 +54,7 @@ class Case:
     mode: str                 # training, with the optimiser's step, or inference
     image_size: int = 224
     classes: int = 1000
+    compile: str = "no"       # or yes, or cuda-graphs
 
     def model(self, row: str) -> ModelConfig:
         """Of our rows: the paper's network; the half net is one column of it that reads only itself."""
@@ -106,6 +107,8 @@ class Worker:
         self.network = self.replica = self.optimizer = None      # before the next is built: never two at once
         training = case.mode == "training"
         self.network = self._network(case).to(memory_format=FORMATS[memory_format]).train(training)
+        if case.compile != "no":
+            self.network.compile(mode="reduce-overhead" if case.compile == "cuda-graphs" else "default")
         self.replica = place.parallel(self.network) if training else self.network
         self.optimizer = self._optimizer() if training else None
         first, last = (case.batch_size * (place.data_rank + k) // place.data_ranks for k in (0, 1))

@@ -58,6 +58,8 @@ class Request:
     """Turns that each row has; the median is over them."""
     steps: int = 2
     """Steps in a turn."""
+    compile: Literal["no", "yes", "cuda-graphs"] = "no"
+    """torch.compile, of every row's network; cuda-graphs: replayed as CUDA graphs too, the exchange outside them."""
     image_size: int = 224
     """Side of the images, in pixels."""
     classes: int = 1000
@@ -76,10 +78,11 @@ class Request:
         check(self.image_size >= 64, f"--image-size {self.image_size}: 64 or more, below that nothing is left of the image")
         check(self.threads == 0 or self.threads >= 2, f"--threads {self.threads}: two or more, so that two ranks have as many as one process")
         check(self.classes >= 1, f"--classes {self.classes}: one or more")
+        check(self.compile != "cuda-graphs" or common.choose_device(self.device).type == "cuda", "--compile cuda-graphs: needs a GPU of NVIDIA's")
 
     def cases(self) -> list[Case]:
         modes = [mode for mode in self.mode if mode == "training"] or list(self.mode) if self.quick else self.mode
-        return [Case(batch, precision, mode, self.image_size, self.classes)
+        return [Case(batch, precision, mode, self.image_size, self.classes, self.compile)
                 for mode in modes for precision in self.precision for batch in self.batch_size]
 
 
@@ -171,7 +174,8 @@ def show(case: Case, rows: list[dict[str, Any]]) -> str:
               number(row["ratio_to_one_device"]), f"{row['memory_bytes_per_rank'] / 2**20:.0f}", number((row["bytes_per_step"] or 0) / 1e6 or None),
               "-" if row["exposed_share"] is None else f"{row['exposed_share']:.1%}", row["memory_format"]) for row in rows if "failed" not in row]
     failures = [f"{row['label']}: not measured, {row['failed']}" for row in rows if "failed" in row]
-    return "\n".join([f"\n{case.mode}, {case.precision}, batch {case.batch_size}, {case.image_size} pixels, {case.classes} classes",
+    compiled = {"no": "", "yes": ", compiled", "cuda-graphs": ", compiled, as CUDA graphs"}[case.compile]
+    return "\n".join([f"\n{case.mode}, {case.precision}, batch {case.batch_size}, {case.image_size} pixels, {case.classes} classes{compiled}",
                       common.table(head, lines), *failures])
 
 

@@ -50,6 +50,18 @@ def test_one_process_needs_no_launcher(tmp_path) -> None:
     assert (tmp_path / "run" / "result.json").exists()
 
 
+def test_a_progress_bar_leaves_no_semaphore_for_a_helper_to_complain_of() -> None:
+    # What Python 3.14 does without being asked; the helper's warning would come after our last line.
+    done = start([sys.executable, "-c", """
+import multiprocessing
+multiprocessing.set_start_method("forkserver")
+from tqdm.auto import tqdm
+from alexnet_mp.console import guarded
+guarded(lambda: sum(tqdm(range(3), disable=False)))"""])
+    assert done.returncode == 3 and "3/3" in done.stderr
+    assert "semaphore" not in done.stderr
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     (["--image-size", "50"], "smallest that works is 67"), (["--data", "folder", "--data-dir", "/none"], "--data-dir /none: no such folder"),
     (["--resume", "/none.pt"], "/none.pt: no such checkpoint"), (["--backend", "nccl", "--device", "cpu"], "--backend nccl"),

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "alexnet_mp"
 
 # A module may import from its own row and from rows above (DESIGN.md, decision 12); within a row there is no circle either.
 ROWS = [
-    {"seeds", "lock", "from_scratch", "native"},
+    {"seeds", "lock", "from_scratch", "native", "fusing"},
     {"architecture"},
     {"config"},
     {"presets", "layers", "exchange", "optim", "schedule", "precision", "summary", "crossing", "first_layer", "tally", "data"},

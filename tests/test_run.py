@@ -1,6 +1,7 @@
 """Whole runs on generated images: the same on two ranks and on one, resumed or not, with every file that the README promises."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,28 @@ def test_four_ranks_as_two_copies_train_as_one_device_to_rounding(finished, tmp_
     for mine, other in zip(history(tmp_path / "run"), history(finished), strict=True):
         assert mine == pytest.approx(other, rel=1e-4)            # float32 sums over rows in another order
     assert result["exchange"]["values_per_image"]["conv3"] == 6 * 9
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler for a CPU")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")        # torch.compile looks at it itself
+def test_two_compiled_ranks_train_as_one_device_to_rounding_and_exchange_the_same(tmp_path) -> None:
+    one(tmp_path / "one", epochs=1)
+    result = two(tmp_path / "two", compile=True, epochs=1)
+    assert history(tmp_path / "two")[0] == pytest.approx(history(tmp_path / "one")[0], rel=1e-4)     # fused operations round otherwise
+    assert result["exchange"]["values_per_image"] == {"conv3": 6 * 9, "fc6": 4, "fc7": 24, "fc8": 12}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_replayed_as_cuda_graphs_trains_as_one_that_is_not(tmp_path) -> None:
+    for name, graphs in (("plain", False), ("graphs", True)):
+        one(tmp_path / name, device="cuda", cuda_graphs=graphs)
+    for mine, other in zip(history(tmp_path / "graphs"), history(tmp_path / "plain"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-3)            # float32, convolutions chosen anew
+
+
+def test_cuda_graphs_on_a_cpu_are_refused_before_the_images_are_read(tmp_path) -> None:
+    with pytest.raises(ValueError, match="--cuda-graphs: cpu has none; leave the flag out, or give --compile instead"):
+        one(tmp_path / "run", device="cpu", cuda_graphs=True, data="folder", data_dir="/none")
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5])
