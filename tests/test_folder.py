@@ -11,7 +11,7 @@ from image_sets import levels, load_folder, make_folder, random_store, write_ima
 from PIL import Image
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import images, load, packs
+from alexnet_mp.data import files, images, load, packing, packs
 
 CIFAR_JPEG = Path(__file__).resolve().parents[2] / "shared/data/cifar10-jpeg.tar.gz"
 IMAGENET = Path(__file__).resolve().parents[2] / "shared/data/imagenet-samples.tar"
@@ -69,13 +69,13 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path: Path, content: bytes | No
     assert "\n" not in str(caught.value)
 
 
-def test_several_bad_files_are_told_at_once_and_leave_no_cache(tmp_path: Path, cache: Path) -> None:
+def test_several_bad_files_are_told_at_once_and_nothing_unfinished_passes_for_a_cache(tmp_path: Path, cache: Path) -> None:
     root = make_folder(tmp_path / "set")
     for i in range(5):
         (root / "train" / "dog" / f"bad{i}.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"bad0.*bad2.*\(and 2 more\)"):
         load_folder(root)
-    assert list(cache.iterdir()) == []
+    assert not list(cache.glob("folder-*"))
 
 
 def test_an_empty_class_is_refused(tmp_path: Path) -> None:
@@ -126,6 +126,22 @@ def test_a_changed_folder_is_packed_again_and_the_old_pack_is_named(tmp_path: Pa
     capsys.readouterr()
     assert 255 in levels(load_folder(root).test)
     assert f"has changed since it was packed into {old}, which can be deleted" in capsys.readouterr().out
+
+
+def test_what_was_packed_before_a_damaged_file_stopped_it_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SHARD", 4)
+    root = make_folder(tmp_path / "set")
+    damaged = root / "train" / "dog" / "9.png"                   # the last file of train
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:20])
+    with pytest.raises(ValueError, match=r"9\.png: .*; replace or delete what is damaged"):
+        load_folder(root)
+    damaged.write_bytes(content)
+    decoded: list[Path] = []
+    read = packing.try_read
+    monkeypatch.setattr(packing, "try_read", lambda file: (decoded.append(file), read(file))[1])
+    load_folder(root)
+    assert len(decoded) == 4 + 20                                # the shard that it was in, and test
 
 
 def test_a_cache_that_cannot_be_written_gives_way_to_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,14 +41,11 @@ def cached(name: str, build: Callable[[Path], None], what: str, images: int, dir
             try:
                 build(temporary)
                 publish(temporary, path)
-            except KeyboardInterrupt:
-                if not unfinished:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                raise
             except BaseException as error:
                 if isinstance(error, OSError) and find() is not None:      # another run was faster: its folder serves
                     return
-                shutil.rmtree(temporary, ignore_errors=True)
+                if not unfinished:
+                    shutil.rmtree(temporary, ignore_errors=True)
                 raise
             seconds = time.perf_counter() - started
             say(f"done in {seconds:.1f} s, {images / seconds:,.0f} images/s")

@@ -229,7 +229,7 @@ def _folder(request: _Request) -> _Three:
 
     count = sum(len(listing.files) for listing in listings.values())
     path = cached(f"folder-{where}-{fingerprint}", build, f"packing {count:,} images of {directory}", count, request.directory, request.alone,
-                  request.say, unfinished=f".folder-{where}.unfinished")
+                  request.say, unfinished=f".folder-{where}-{'-'.join(listings)}.unfinished")
     for name in listings:
         if skipped := read_header(path / name)["skipped"]:
             request.say(f"{directory / name}: left out {len(skipped):,} files that cannot be read: "
