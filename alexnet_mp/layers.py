@@ -172,6 +172,11 @@ class MapNorm(LocalResponseNorm):
         return f"{self.size}x{self.size} pixels, k={self.k:g}, alpha={self.alpha:g}, beta={self.beta:g}"
 
 
+def slow_norm(device: str) -> str:
+    """Why norms of tensors on `device` ("cpu", "cuda", ...) take several times as long as they could; empty where nothing faster is known."""
+    return native.missing() if device == "cpu" else fusing.missing(device) if device in fusing.DEVICES else ""
+
+
 def overlapping_max_pool(x: Tensor, size: int = 3, stride: int = 2) -> Tensor:
     """Max pooling whose windows overlap where stride < size (paper, section 3.4): (N, C, H, W) -> (N, C, H', W')."""
     return F.max_pool2d(x, size, stride)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from alexnet_mp import checkpoint, fusing, native
+from alexnet_mp import checkpoint, native
 from alexnet_mp.checks import check_alike
 from alexnet_mp.config import Config, check
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.distributed import Placement, connect, describe
 from alexnet_mp.exchange import EVALUATION, TRAINING
+from alexnet_mp.layers import slow_norm
 from alexnet_mp.lock import NAME as LOCK
 from alexnet_mp.lock import FolderLock
 from alexnet_mp.model import AlexNet
@@ -78,8 +79,7 @@ class Run:
         check(kind == "cuda" or not config.run.cuda_graphs, f"--cuda-graphs: {kind} has none; leave the flag out, or give --compile instead")
         if kind == "cpu":
             native.keep_freed_memory()
-        slow = native.missing() if kind == "cpu" else fusing.missing(kind) if kind in fusing.DEVICES else ""
-        if config.model.lrn and slow:
+        if config.model.lrn and (slow := slow_norm(kind)):
             self.say(f"note: {slow}")
         splits = load(config.data, config.run.seed, placement.alone, placement.main, config.data.resized_side(config.model.image_size))
         self.config = config = config.with_fields(classes=config.model.classes or len(splits.train.classes))
