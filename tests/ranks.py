@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import importlib
-import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -32,8 +30,6 @@ import sys
 import tempfile
 import time
 import traceback
-import types
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,6 +39,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rank_work import Work, can_be_imported
 
 TESTS = Path(__file__).resolve().parent
 GRACE = 3.0
@@ -76,7 +73,7 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     `timeout` seconds after all have been started; after a first failure the others have `grace` seconds.
     """
     __tracebackhide__ = True
-    work = _Work.of(function, args)
+    work = Work.of(function, args)
     start_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _reserved_port() as port:
         places = [_Place(rank, world_size, folder, port, limit=timeout + grace + 30) for rank in range(world_size)]
@@ -126,7 +123,7 @@ def start_server() -> None:
         if path not in sys.path:
             sys.path.insert(0, path)
     if forkserver._forkserver._forkserver_pid is None:
-        _CONTEXT.set_forkserver_preload([*_LIBRARIES, __name__, *filter(_can_be_imported, ("alexnet_mp" + name for name in _PACKAGE))])
+        _CONTEXT.set_forkserver_preload([*_LIBRARIES, __name__, *filter(can_be_imported, ("alexnet_mp" + name for name in _PACKAGE))])
     outside = dict(os.environ)
     options, sys.warnoptions = sys.warnoptions, []
     try:
@@ -138,62 +135,6 @@ def start_server() -> None:
         for name in ("PYTHONWARNINGS", "PYTHONPATH"):
             os.environ.pop(name, None)
         os.environ.update(outside)
-
-
-def _can_be_imported(name: str) -> bool:
-    """Tried here first: a module that cannot be imported would end the server, not only its own tests."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            importlib.import_module(name)
-        except Exception:
-            return False
-    return True
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What every rank does, in a form that needs no import before the test's module is found by its FILE.
-
-    pytest's importlib mode calls tests/test_x.py `tests.test_x`, a name that need not be importable elsewhere.
-    """
-
-    module: str
-    file: str
-    name: str
-    payload: bytes          # pickled (args, warning filters): read after the module is there, whose classes it may hold
-    environment: dict[str, str]
-
-    @staticmethod
-    def of(function: Callable[..., Any], args: tuple[Any, ...]) -> _Work:
-        name = getattr(function, "__qualname__", repr(function))
-        module = sys.modules.get(getattr(function, "__module__", ""))
-        if getattr(module, name, None) is not function or not getattr(module, "__file__", None):
-            raise ValueError(f"run needs a function at the top level of a module, which another process can find; {name} is none")
-        filters = [(action, _pattern(message), category, _pattern(where), line) for action, message, category, where, line in warnings.filters]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
-        return _Work(module.__name__, os.path.abspath(module.__file__), name, pickle.dumps((args, filters)), environment)
-
-    def load(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The function and its arguments; from here on warnings are treated as they are at the caller."""
-        module = sys.modules.get(self.module)
-        if getattr(module, "__file__", None) is None or not os.path.samefile(module.__file__, self.file):
-            parent = self.module.rpartition(".")[0]
-            if parent and not _can_be_imported(parent):
-                sys.modules[parent] = types.ModuleType(parent)
-            spec = importlib.util.spec_from_file_location(self.module, self.file)
-            module = sys.modules[self.module] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        args, filters = pickle.loads(self.payload)
-        warnings.resetwarnings()
-        for entry in reversed(filters):
-            warnings.filterwarnings(*entry)
-        return getattr(module, self.name), args
-
-
-def _pattern(value: Any) -> str:
-    """A warning filter's regular expression (None, text or compiled) as text."""
-    return "" if value is None else getattr(value, "pattern", value)
 
 
 @dataclass(frozen=True)
@@ -231,7 +172,7 @@ class _Place:
                            _FOLDER: self.folder}
 
 
-def _rank_main(place: _Place, work: _Work) -> None:
+def _rank_main(place: _Place, work: Work) -> None:
     """The process of one rank, which leads a process group of its own and takes it along when it goes."""
     os.setsid()
     with open(place.stack, "w") as stack, open(place.output, "wb") as output:
@@ -309,7 +250,7 @@ def _end(place: _Place, process: Any) -> None:
     process.close()
 
 
-def _report(work: _Work, world_size: int, failed: dict[int, str], running: dict[int, str], timeout: float) -> str:
+def _report(work: Work, world_size: int, failed: dict[int, str], running: dict[int, str], timeout: float) -> str:
     where = f"{work.name} ({Path(work.file).name})"
     parts = [f"rank {rank} of {world_size} failed in {where}:\n{text}" for rank, text in failed.items()]
     if running:
