@@ -154,14 +154,15 @@ def row(label: str, losses: list[float], classes: int) -> dict[str, Any]:
     """What the table says of one network."""
     smooth = moving_average(losses, WINDOW)
     left = next((step for step, loss in enumerate(smooth, len(losses) - len(smooth) + 1) if loss < LEFT * math.log(classes)), None)
-    return {"label": label, "classes": classes, "left_plateau": left, "last_loss": float(smooth[-1]), "losses": losses}
+    return {"label": label, "classes": classes, "left_plateau": left, "last_loss": round(float(smooth[-1]), 5),
+            "losses": [round(loss, 5) for loss in losses]}
 
 
 def draw(rows: list[dict[str, Any]], classes: int, path: str) -> None:
     """The two readings beside each other, and one panel for what lies one difference away from each."""
     panels = [[r for r in rows if r["label"] in ("paper", "original")]]
     panels += [group for base in ("paper", "original") if len(group := [r for r in rows if r["label"].startswith(base)]) > 1]
-    figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(panels), 5), layout="constrained")
     for axes, group in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
         for number, one in enumerate(group):
             smooth = moving_average(one["losses"], WINDOW)
@@ -172,7 +173,7 @@ def draw(rows: list[dict[str, Any]], classes: int, path: str) -> None:
         axes.text(0.01, math.log(classes), f"ln {classes}", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="grey")
         axes.set(xlabel="step", ylabel=f"training loss, mean of {WINDOW} steps")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)      # below: curves fill the panel
     saved(figure, path)
 
 
