@@ -199,7 +199,7 @@ def _mixed(x: Tensor, shift: int, factor: int) -> Tensor:
     return x.bitwise_xor_(high).mul_(_signed(factor))
 
 
-@torch.compiler.disable       # whose products of integers do not wrap, or are floating point
+@torch.compiler.disable       # compiled, products of integers are floating point or do not wrap
 def dropout_keys(seed: int, step: int, rows: Tensor) -> Tensor:
     """One int64 key per row of the global batch: rows (N,) -> (N,), on the device of `rows`."""
     keys = rows.long() * _ROW + combine(seed, "dropout", step)
