@@ -174,14 +174,14 @@ if sys.argv[1] == "run":
 count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**22), torch.ones(2**26)
 before = count()
-for _ in range(4):
+for _ in range(8):
     torch.ones(2**26)            # 256 MiB
 print(kept, (count() - before) * os.sysconf("SC_PAGE_SIZE") // 2**20)
 """
 
 
 def faulted(*arguments: str, **environment: str) -> tuple[str, int]:
-    """What `keep_freed_memory` said, and how many MiB of pages were new in allocating 4 x 256 MiB again, in a process of its own."""
+    """What `keep_freed_memory` said, and how many MiB of pages were new in allocating 8 x 256 MiB again, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", FAULTS, *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
                           timeout=120, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment)
     kept, new = done.stdout.splitlines()[-1].split()
@@ -193,8 +193,8 @@ def test_freed_memory_is_kept_for_the_next_step_by_a_run_too_unless_the_user_has
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if huge.exists() and "[always]" in huge.read_text():
         pytest.skip("pages are large here, their number says nothing")
-    assert faulted("as it comes")[1] > 900
+    assert faulted("as it comes")[1] > 1800
     for kept, new in (faulted("kept"), faulted("run", str(tmp_path / "run"))):
-        assert kept != "False" and new <= 256                  # the first of the four may find a small block in its way
+        assert kept != "False" and new <= 768                  # the first ones may find small blocks of other threads in their way
     kept, new = faulted("kept", MALLOC_TRIM_THRESHOLD_="100000")
-    assert kept == "False" and new > 900
+    assert kept == "False" and new > 1800
