@@ -48,7 +48,7 @@ class UsageError(ValueError):
 
 def parse_train(argv: Sequence[str]) -> Config:
     """The configuration that `argv` asks for. UsageError with one line naming the flag; SystemExit(0) after --help."""
-    argv = list(argv)
+    argv = [word for word in argv if not re.fullmatch("--local[-_]rank=[0-9]+", word)]      # torch.distributed.launch's; it is in the environment too
     if "--resume" in argv:                    # its value is optional, which tyro does not know
         at = argv.index("--resume") + 1
         if at == len(argv) or argv[at].startswith("--"):

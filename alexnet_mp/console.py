@@ -68,6 +68,9 @@ def guarded(main: Callable[[], int]) -> NoReturn:
     # tqdm's own lock has a semaphore of multiprocessing. Where that is not fork (Python 3.14), a process that ends without
     # Python's clean-up, by os._exit below or a kill, leaves it to a helper, which complains after the last line.
     tqdm.set_lock(threading.RLock())
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")     # names of files and classes may hold what the locale has not
     try:
         code = main()
     except SystemExit as stop:

@@ -157,7 +157,7 @@ def start_heartbeat(environment: Environment, timeout: float, activity: Callable
 def code_version() -> str:
     """A digest of the package's sources: ranks of two hosts may have two versions of them."""
     digest = hashlib.blake2b(digest_size=6)
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".cpp")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

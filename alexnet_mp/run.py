@@ -270,9 +270,9 @@ class Run:
     def _draw_curves(self) -> None:
         if not self.trainer.history:
             return
-        from alexnet_mp.figures import draw_curves
         try:
+            from alexnet_mp.figures import draw_curves
             draw_curves(self.trainer.history, self.out / "curves.png")
-        except (OSError, ValueError) as error:      # a picture must not cost the run its result
+        except Exception as error:       # of any kind, matplotlib's import too: a picture must not cost the run its result
             self.say(f"curves.png could not be drawn: {error}")
 

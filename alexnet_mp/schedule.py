@@ -55,7 +55,8 @@ class EarlyStopping:
         return {"counter": self.counter, "best_score": self.best_score, "early_stop": self.early_stop}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.counter, self.best_score, self.early_stop = state["counter"], state["best_score"], state["early_stop"]
+        self.counter, self.best_score = state["counter"], state["best_score"]
+        self.early_stop = bool(state["early_stop"]) and self.counter >= self.patience        # which may be larger now
 
 
 class Constant:

@@ -19,7 +19,7 @@ class Tally:
 
     def counts(self, loss_sum: Tensor, correct: Tensor, images: int) -> Tensor:
         """The sums of a step that is not yet known to count."""
-        values = (loss_sum, correct, torch.tensor(images, device=self.sums.device))
+        values = (loss_sum, correct, torch.full((), images, device=self.sums.device))
         return torch.stack([value.detach().to(self.sums.dtype) for value in values])
 
     def confirm(self, counts: Tensor, grad_norm: float) -> None:

@@ -205,7 +205,8 @@ def measured(claim: Claim, request: ClaimsRequest) -> dict[str, Any]:
         fastest = [[min((n for t in side if (n := t.reached())), default=None) for side in pair] for pair in pairs]
         ratios = [without / having for having, without in fastest if having and without]
         return row | {"with": [f[0] for f in fastest], "without": [f[1] for f in fastest], "differences": ratios, "unit": "times the epochs"}
-    scores = [(having[0].errors(ten_views=claim.measure == VIEWS), (without or having)[0].errors()) for having, without in pairs]
+    scores = [(having[0].errors(ten_views=claim.measure == VIEWS), (without or having)[0].errors()) for having, without in pairs
+              if not any((training.folder / "diverged").exists() for training in (*having, *without))]
     return row | {"with": [having[0] for having, _ in scores], "without": [without[0] for _, without in scores], "unit": "points",
                   "differences": [100 * (having[0] - without[0]) for having, without in scores],
                   "differences_top5": [100 * (having[1] - without[1]) for having, without in scores]}
@@ -217,7 +218,8 @@ def verdict(row: dict[str, Any], quick: bool) -> str:
     if quick:
         return "smoke run"
     if len(differences) < max(row["seeds"], 2):
-        return "one seed says little" if row["seeds"] < 2 else "target not always reached"
+        lacking = "target not always reached" if row["unit"] != "points" else "not every seed could be trained"
+        return "one seed says little" if row["seeds"] < 2 else lacking
     signs = [d - 1 if row["unit"] != "points" else -d for d in differences]
     return "as claimed" if min(signs) > 0 else "the other way" if max(signs) < 0 else "seeds disagree"
 
@@ -226,7 +228,7 @@ def line(row: dict[str, Any], quick: bool) -> str:
     """One row for people: the mean over seeds and its spread."""
     def spread(values: list[float], sign: str) -> str:
         if not values:
-            return "not reached"
+            return "not reached" if row["unit"] != "points" else "diverged"
         return f"{statistics.mean(values):{sign}.2f}" + (f" ({min(values):{sign}.2f} to {max(values):{sign}.2f})" if len(values) > 1 else "")
 
     points = row["unit"] == "points"

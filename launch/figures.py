@@ -60,7 +60,6 @@ def main() -> int:
     request = cli.parse_request(FiguresRequest, sys.argv[1:], DESCRIPTION)
     if Environment.read().world_size > 1:
         raise ValueError("launch/figures.py is one process: start it with python, not with torchrun")
-    sys.stdout.reconfigure(errors="backslashreplace")     # names of folders may hold anything
     device = choose_device(request.device, Environment())
     set_threads(request.threads, Environment(), device)
     facts = {}

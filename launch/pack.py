@@ -22,8 +22,6 @@ def main() -> int:
     request = cli.parse_pack(sys.argv[1:])
     if Environment.read().world_size > 1:
         raise ValueError("launch/pack.py is one process, which uses all cores: start it with python, not with torchrun")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")     # names of files may hold anything
     source, labels, synsets = (Path(name).expanduser() if name else None for name in (request.source, request.val_labels, request.val_synsets))
     packing = Packing(request.encode, request.on_error, request.workers, progress=True)
     with printing_json(request.json) as write:

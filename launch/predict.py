@@ -19,7 +19,6 @@ from alexnet_mp.inference import predict_files  # noqa: E402
 
 def main() -> int:
     request = parse_predict(sys.argv[1:])
-    sys.stdout.reconfigure(errors="backslashreplace")     # names of files may hold anything
     with printing_json(request.json) as write:
         answers = predict_files(request)
         write(answers)

@@ -76,6 +76,20 @@ def test_claims_are_measured_kept_and_found_again(tiny, tmp_path, monkeypatch, c
         call(claims, [*argv, "--epochs", "2"], monkeypatch)
 
 
+def test_a_network_that_diverges_costs_its_seed_and_not_the_table(tiny, tmp_path, monkeypatch, capsys) -> None:
+    run = claims.run
+
+    def sometimes(config, *more):
+        if config.run.out.endswith("original-no-colour-1"):
+            raise claims.NonFiniteError("step 3: the loss is not finite")
+        return run(config, *more)
+
+    monkeypatch.setattr(claims, "run", sometimes)
+    call(claims, [*tiny, "--claims", "colour", "--epochs", "1", "--seeds", "2", "--out", str(tmp_path / "claims")], monkeypatch)
+    (row,) = json.loads((tmp_path / "claims" / "claims.json").read_text())["claims"]
+    assert len(row["differences"]) == 1 and row["verdict"] == "not every seed could be trained"
+
+
 def test_a_training_for_speed_ends_at_the_target_and_the_ratio_is_of_epochs(tiny, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(claims, "TARGET", 0.6)          # two classes: an error that is reached at once
     call(claims, [*tiny, "--claims", "relu", "--epochs", "4", "--seeds", "1", "--rates", "0.001", "--out", str(tmp_path / "claims")], monkeypatch)

@@ -24,6 +24,11 @@ def test_a_flag_changes_one_field_of_the_preset_wherever_it_stands() -> None:
     assert parse_train(["--lr", "0.02", "--preset", "paper", "--image-size", "227"]) == changed
 
 
+@pytest.mark.parametrize("word", ["--local-rank=1", "--local_rank=1"])
+def test_the_flag_that_torch_distributed_launch_adds_is_not_the_users(word: str) -> None:
+    assert parse_train([word, "--seed", "3"]) == parse_train(["--seed", "3"])
+
+
 def test_every_flag_of_the_contract_is_there() -> None:
     argv = ("--preset demo --data shapes --data-dir d --epochs 1 --max-steps 2 --batch-size 3 --image-size 99 --lr 0.1 --seed 5 --limit-train 6 "
             "--limit-val 7 --limit-test 8 --device cpu --backend gloo --precision bf16 --compile --deterministic --threads 1 --column-ranks 2 "

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from image_sets import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--kernels 4 6 8 6 4 --hidden 24 20 --batch-size 32 --limit-train 72 --limit-val 30 --limit-test 40 --threads 1").split()
@@ -48,6 +49,15 @@ def test_one_process_needs_no_launcher(tmp_path) -> None:
     done = start(PYTHON, *SMALL, "--epochs", "1", "--out", str(tmp_path / "run"))
     assert done.returncode == 0 and done.stderr == ""
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_bad_file_whose_name_the_locale_cannot_write_is_listed_and_training_goes_on(tmp_path) -> None:
+    root = make_folder(tmp_path / "set", count=20)
+    (root / "train" / "cat" / "café.png").write_bytes(b"")
+    done = start(PYTHON, *SMALL[:-8], "--threads", "1", "--data", "folder", "--data-dir", str(root), "--on-error", "skip", "--max-steps", "1",
+                 "--out", str(tmp_path / "run"), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert r"cat/caf\xe9.png: an empty file" in done.stdout
 
 
 def test_a_progress_bar_leaves_no_semaphore_for_a_helper_to_complain_of() -> None:

@@ -152,6 +152,16 @@ def test_the_result_is_of_the_best_weights_not_of_the_last(finished) -> None:
     assert checkpoint.read(finished / "best.pt")["loop"]["epoch"] == result["best_epoch"]
 
 
+def test_a_matplotlib_that_does_not_work_costs_the_picture_only(tmp_path, monkeypatch, capsys) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("Failed to process string with tex")
+
+    monkeypatch.setattr("alexnet_mp.figures.draw_curves", broken)
+    one(tmp_path / "run", epochs=1)
+    assert "curves.png could not be drawn: Failed to process string with tex" in capsys.readouterr().out
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 def test_a_folder_with_another_run_is_not_overwritten(finished) -> None:
     before = (finished / "last.pt").read_bytes()
     with pytest.raises(ValueError, match=r"holds another run's last.pt.*--resume"):

@@ -114,6 +114,17 @@ def test_an_improvement_smaller_than_delta_does_not_count() -> None:
     assert [stopping(loss) for loss in (1.0, 0.875, 0.75, 0.625)] == [True, False, True, False]
 
 
+def test_a_run_that_stopped_early_goes_on_with_more_patience_and_not_with_the_same() -> None:
+    stopped = EarlyStopping(patience=2)
+    for loss in (1.0, 1.0, 1.0):
+        stopped(loss)
+    assert stopped.early_stop
+    for patience, expected in ((2, True), (3, False)):
+        resumed = EarlyStopping(patience)
+        resumed.load_state_dict(stopped.state_dict())
+        assert resumed.early_stop == expected and resumed.counter == 2
+
+
 def test_early_stopping_speaks_only_if_asked(capsys) -> None:
     for verbose in (False, True):
         stopping = EarlyStopping(patience=7, verbose=verbose)

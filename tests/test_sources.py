@@ -123,10 +123,12 @@ def test_fashion_mnist_is_read_where_debian_or_torchvision_put_it(tmp_path: Path
     assert splits.test.classes[9] == "ankle boot" and splits.test.labels[9] == 9
 
 
-def test_a_damaged_fashion_mnist_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: content[:10] + b"\xff" + content[11:]],
+                         ids=["cut short", "no such compression"])
+def test_a_damaged_fashion_mnist_file_is_named(tmp_path: Path, damage) -> None:
     make_fashion(tmp_path / "set")
     path = tmp_path / "set" / "t10k-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:1000])
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz: damaged"):
         load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set")), 0)
 

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,7 @@ def _read_idx(file: Path) -> np.ndarray:
         if content[:3] != b"\0\0\x08":
             raise ValueError
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError):
+    except (OSError, EOFError, ValueError, IndexError, zlib.error):
         raise ValueError(f"{file}: damaged, or not one of Fashion-MNIST's files; delete it and get it again") from None
 
 
