@@ -239,4 +239,11 @@ def describe(placement: Placement) -> dict[str, Any]:
     device = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else platform.processor() or platform.machine()
     return {"torch": torch.__version__, "python": platform.python_version(), "device": str(placement.device), "device_name": device,
             "backend": placement.backend, "ranks": placement.world_size, "column_ranks": placement.column_ranks,
-            "data_ranks": placement.data_ranks, "threads": placement.threads, "launcher": launcher()}
+            "data_ranks": placement.data_ranks, "threads": placement.threads, "launcher": launcher(), "tf32": tf32(placement.device)}
+
+
+def tf32(device: torch.device) -> dict[str, bool] | None:
+    """Whether a GPU may multiply float32 with ten bits of mantissa; torch's defaults are no in products and yes in convolutions."""
+    if device.type != "cuda":
+        return None
+    return {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}

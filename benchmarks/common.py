@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from alexnet_mp.data.packing import cores
+from alexnet_mp.distributed import tf32
 
 CACHES = 64 * 2**20      # bytes that push everything else out of the caches of usual machines
 
@@ -161,7 +162,7 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
     return {"device": device.type, "device_name": name, "cores": cores(), "threads_in_all": threads, "torch": torch.__version__,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(), "load_before": round(os.getloadavg()[0], 2),
-            "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32} if device.type == "cuda" else None}
+            "tf32": tf32(device)}
 
 
 def describe(place: dict[str, Any]) -> str:
