@@ -90,6 +90,8 @@ class RecipeConfig:
     """Whether biases decay too. The paper prints one rule for all; the 2012 source decays weights only."""
     schedule: Literal["constant", "plateau", "log", "cosine"] = "plateau"
     """plateau: lr falls where validation loss stalls; log: the 2012 run's epochs, scaled; cosine: to zero at the end."""
+    log_epochs: tuple[int, int, int, int, int] = (25, 51, 67, 72, 79)
+    """log: of 90, the epochs at whose ends lr falls, falls again, conv1 goes to 1e-5 and the colour noise ends, conv1 freezes, lr falls (net 145)."""
     warmup_epochs: float = 0.0
     """Epochs over which the rate of a cosine schedule rises from zero."""
     lr_factor: float = 0.1
@@ -108,6 +110,8 @@ class RecipeConfig:
         check(self.batch_size >= 1, f"--batch-size {self.batch_size}: one image or more")
         check_not_negative(self, *(["bias_lr"] if self.bias_lr is not None else []))
         check(0 <= self.momentum < 1, f"--momentum {self.momentum}: at least 0 and below 1")
+        check(len(self.log_epochs) == 5 and list(self.log_epochs) == sorted(self.log_epochs) and min(self.log_epochs) > 0,
+              f"--log-epochs {' '.join(map(str, self.log_epochs))}: five epochs above 0, none before the one to its left")
         check(0 < self.lr_factor < 1, f"--lr-factor {self.lr_factor}: between 0 and 1")
 
 

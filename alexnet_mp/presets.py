@@ -38,20 +38,22 @@ def original() -> Config:
         last_offset=True, crop_chunk=32,                       # CJ:237-246 (33 offsets), CJ:77
         mean="image-centre",                                   # CJ:95, 209-211
         colour_unit="deviation", colour_divides=True,          # CJ:65, 155-179
-        schedule="log",                                        # LP145:165-182
+        schedule="log",                                        # LP145:165-182, at the epochs that log_epochs defaults to
     )
 
 
 def original_half() -> Config:
     """Net 145-half, the one-GPU net that the paper compares with."""
     return original().with_fields(
-        preset="original-half", columns=1, kernels=(48, 128, 192, 192, 256), hidden=(4096, 4096))  # L145-half:9-165
+        preset="original-half", columns=1, kernels=(48, 128, 192, 192, 256), hidden=(4096, 4096),      # L145-half:9-165
+        log_epochs=(20, 48, 66, 72, 79))                       # LP145-half:92-100, which does not say when the last one was: net 145's
 
 
 def original_isolated() -> Config:
     """Net 150: the columns do not talk before fc8; conv2 and fc6 are wider in exchange."""
     return original().with_fields(
-        preset="original-isolated", crossings=("fc8",), kernels=(48, 160, 192, 192, 128), hidden=(4096, 2048))  # L150:65-290
+        preset="original-isolated", crossings=("fc8",), kernels=(48, 160, 192, 192, 128), hidden=(4096, 2048),     # L150:65-290
+        log_epochs=(25, 49, 66, 72, 79))                       # LP150:165-179
 
 
 def tutorial() -> Config:

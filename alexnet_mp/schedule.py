@@ -14,11 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from alexnet_mp.config import RecipeConfig
 
-# Net 145 of 2012 (original-2012.md, section 4): by the end of these epochs of 90 ...
-LOG_EPOCHS = 90
-LOG_DROPS = ((25, 1e-1), (51, 1e-2), (79, 1e-3))     # ... the rate of all weights is this share of the first one,
-LOG_CONV1 = ((67, 1e-3), (72, 0.0))                  # ... conv1's this one instead (1e-5 of 1e-2, then frozen),
-LOG_NOISE_OFF = 67                                   # ... and the colour noise is gone.
+LOG_EPOCHS = 90      # of which RecipeConfig.log_epochs are counted (paper, section 5)
 
 
 class EarlyStopping:
@@ -108,26 +104,32 @@ class Plateau(Constant):
 
 
 class Log(Constant):
-    """The epochs at which net 145's rates were changed, from its log, scaled from its 90 epochs to `epochs`.
+    """The epochs at which a net's rates were changed by hand in 2012, from its log, scaled from 90 epochs to `epochs`.
 
-    From epoch 67 of 90 on conv1 learns at 1e-5, from 72 on it is frozen (its biases too); the other biases keep their rate.
+    `at` are the five of RecipeConfig.log_epochs (original-2012.md, section 4): the rate is divided by ten at the first, second and fifth. From the
+    third on conv1 learns at 1e-5 of 1e-2 and the colour noise is gone, from the fourth on conv1 is frozen, its biases too; other biases keep
+    their rate.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int, fixed_biases: bool = True) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, epochs: int, fixed_biases: bool = True,
+                 at: tuple[int, int, int, int, int] = RecipeConfig.log_epochs) -> None:
         super().__init__(optimizer)
         self.scale, self.fixed_biases = LOG_EPOCHS / max(epochs, 1), fixed_biases
+        first, second, self.slower, freeze, third = at
+        self.drops = ((first, 1e-1), (second, 1e-2), (third, 1e-3))
+        self.conv1 = ((self.slower, 1e-3), (freeze, 0.0))
         self.first = [group["lr"] for group in optimizer.param_groups]
 
     def advance(self, epoch: float) -> None:
         at = math.floor(epoch) * self.scale      # between epochs only, as it was done by hand
-        share = last_reached(LOG_DROPS, at, 1.0)
-        conv1 = last_reached(LOG_CONV1, at, share)
+        share = last_reached(self.drops, at, 1.0)
+        conv1 = last_reached(self.conv1, at, share)
         for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
             mine = conv1 if group.get("layer") == "conv1" else share
             if group.get("kind") == "bias" and self.fixed_biases:
                 mine = 0.0 if mine == 0 else 1.0
             group["lr"] = first * mine
-        self.noise_off, self.frozen = at >= LOG_NOISE_OFF, conv1 == 0
+        self.noise_off, self.frozen = at >= self.slower, conv1 == 0
 
 
 class Cosine(Constant):
@@ -161,7 +163,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> Co
     if recipe.schedule == "plateau":
         return Plateau(optimizer, recipe.lr_factor, recipe.lr_patience, recipe.lr_min, fixed)
     if recipe.schedule == "log":
-        return Log(optimizer, recipe.epochs, fixed)
+        return Log(optimizer, recipe.epochs, fixed, recipe.log_epochs)
     if recipe.schedule == "cosine":
         return Cosine(optimizer, recipe.epochs, recipe.warmup_epochs, fixed)
     return Constant(optimizer)

@@ -50,6 +50,7 @@ TABLE = {
     "weight_decay": (0.0005, 0.0005, 0.0),
     "bias_decay": (True, False, True),                                                # P one rule; O 4: layer.cu:565
     "schedule": ("plateau", "log", "plateau"),
+    "log_epochs": ((25, 51, 67, 72, 79),) * 3,                                        # O 4: net 145; others do not read it
     "lr_factor": (0.1, 0.1, 0.5),                                                     # P / 10; T 0.5
     "lr_patience": (3, 3, 3),
     "lr_min": (1e-5, 1e-5, 1e-6),                                                     # P three falls from 0.01; T
@@ -84,13 +85,15 @@ def differences(name: str, base: str) -> dict:
 
 
 def test_the_half_net_is_the_original_in_one_column_with_conv5_and_fc_whole() -> None:
-    # O 1a: conv 48/128/192/192/256, fc 4096/4096
-    assert differences("original-half", "original") == {"columns": 1, "kernels": (48, 128, 192, 192, 256), "hidden": (4096, 4096)}
+    # O 1a: conv 48/128/192/192/256, fc 4096/4096; O 4: dropped after 20 and 48, conv1 from 66, frozen from 72, the last one not logged
+    assert differences("original-half", "original") == {"columns": 1, "kernels": (48, 128, 192, 192, 256), "hidden": (4096, 4096),
+                                                        "log_epochs": (20, 48, 66, 72, 79)}
 
 
 def test_the_isolated_net_talks_at_fc8_only_and_is_wider_in_exchange() -> None:
-    # O 4, net 150: no communication before fc1000; conv2 160 a column, first fc 4096 a column
-    assert differences("original-isolated", "original") == {"crossings": ("fc8",), "kernels": (48, 160, 192, 192, 128), "hidden": (4096, 2048)}
+    # O 4, net 150: no communication before fc1000; conv2 160 a column, first fc 4096 a column; dropped after 25, 49 and 79, conv1 66 and 72
+    assert differences("original-isolated", "original") == {"crossings": ("fc8",), "kernels": (48, 160, 192, 192, 128), "hidden": (4096, 2048),
+                                                            "log_epochs": (25, 49, 66, 72, 79)}
 
 
 def test_the_demo_has_the_papers_kernels_hidden_units_and_crossings() -> None:

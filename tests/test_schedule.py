@@ -57,6 +57,21 @@ def test_log_follows_net_145_over_90_epochs() -> None:
         assert schedule.noise_off == (epoch >= 67)
 
 
+def test_log_follows_the_epochs_that_it_is_given() -> None:
+    schedule, optimizer = made(schedule="log", epochs=90, log_epochs=(20, 48, 66, 72, 79))      # the half net's
+    table = {19: (1e-2, 1e-2), 20: (1e-3, 1e-3), 48: (1e-4, 1e-4), 65: (1e-4, 1e-4), 66: (1e-4, 1e-5), 72: (1e-4, 0), 79: (1e-5, 0)}
+    for epoch, (rest, conv1) in table.items():
+        schedule.advance(epoch)
+        assert (rates(optimizer)["rest", "weight"], rates(optimizer)["conv1", "weight"]) == pytest.approx((rest, conv1)), epoch
+        assert (schedule.noise_off, schedule.frozen) == (epoch >= 66, epoch >= 72)
+
+
+@pytest.mark.parametrize("epochs", [(25, 51, 67, 79, 72), (0, 51, 67, 72, 79), (25, 51, 67)])
+def test_epochs_out_of_order_are_refused(epochs: tuple) -> None:
+    with pytest.raises(ValueError, match="--log-epochs .*five epochs above 0"):
+        RecipeConfig(log_epochs=epochs)
+
+
 def test_log_scales_to_the_epochs_of_the_run() -> None:
     schedule, optimizer = made(schedule="log", epochs=9)
     seen = []
