@@ -68,7 +68,7 @@ def test_log_follows_the_epochs_that_it_is_given() -> None:
 
 @pytest.mark.parametrize("epochs", [(25, 51, 67, 79, 72), (0, 51, 67, 72, 79), (25, 51, 67)])
 def test_epochs_out_of_order_are_refused(epochs: tuple) -> None:
-    with pytest.raises(ValueError, match="--log-epochs .*five epochs above 0"):
+    with pytest.raises(ValueError, match=r"--log-epochs .*five epochs above 0"):
         RecipeConfig(log_epochs=epochs)
 
 
