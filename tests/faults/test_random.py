@@ -1,15 +1,18 @@
 """What nobody thought of: random configurations, shapes, files and kills."""
 
 import dataclasses
+import json
 import random
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from ranks import process_group
 from ranks import run as run_ranks
 
@@ -20,6 +23,9 @@ import soak
 
 from alexnet_mp import Config, checkpoint, preset
 from alexnet_mp.config import DataConfig, ModelConfig, RecipeConfig, RunConfig
+from alexnet_mp.data import Store
+from alexnet_mp.data.files import Writer
+from alexnet_mp.data.images import read_image
 from alexnet_mp.exchange import GroupLink
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -62,6 +68,44 @@ def test_whatever_plain_state_is_saved_comes_back(tmp_path, state, shape: list[i
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
+@QUICK
+@given(st.sampled_from(["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"]), st.integers(1, 40), st.integers(1, 40), st.integers(1, 32),
+       st.sampled_from(["PNG", "JPEG", "TIFF"]))
+def test_an_image_of_any_mode_and_shape_is_its_centre_square_at_no_more_than_its_size(tmp_path, mode: str, width: int, height: int, side: int,
+                                                                                      kind: str) -> None:
+    path = tmp_path / "image"
+    try:
+        Image.new(mode, (width, height)).save(path, kind)
+    except (OSError, KeyError):                           # a mode that this format has not
+        return
+    image = read_image(path, side)
+    least = min(side, width, height)
+    assert image.shape == (3, least, least) and image.dtype == np.uint8 and image.flags.c_contiguous
+
+
+@QUICK
+@given(st.sampled_from(["format", "version", "classes", "shards", "checksums", "encode", "files", "digests", "skipped"]), VALUES, st.booleans())
+def test_a_header_that_says_something_else_is_refused_in_one_line_or_the_store_opens(tmp_path, key: str, value: object, gone: bool) -> None:
+    store = tmp_path / "store"
+    if not store.exists():
+        with Writer(store, ["a", "b"]) as writer:
+            for label in (0, 1):
+                writer.add(np.full((3, 4, 4), label, np.uint8), label)
+        (tmp_path / "whole.json").write_bytes((store / "header.json").read_bytes())
+    header = json.loads((tmp_path / "whole.json").read_text())
+    header = {name: old for name, old in header.items() if name != key} if gone else header | {key: value}
+    (store / "header.json").write_text(json.dumps(header))
+    refusal = None
+    try:
+        opened = Store.open(store)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal is None:
+        assert opened.gather([1]).max() == 1
+    else:
+        assert str(store) in refusal and "\n" not in refusal
+
+
 def exchanged(rank: int, shapes: list[tuple[tuple[int, ...], bool]]) -> list[tuple[bool, bool]]:
     """For every shape: whether the peer's tensor arrived, and whether its gradient came back, exactly."""
     with process_group():
@@ -83,6 +127,7 @@ def exchanged(rank: int, shapes: list[tuple[tuple[int, ...], bool]]) -> list[tup
 def test_tensors_of_any_shape_are_exchanged_exactly() -> None:
     draw = random.Random(0)
     shapes = [((draw.randint(1, 5), draw.randint(1, 7), *[draw.randint(1, 6)] * draw.choice((0, 2))), draw.random() < 0.5) for _ in range(60)]
+    shapes.append(((160, 32, 32, 32), True))        # 21 MB: more than any socket's buffer holds
     for results in run_ranks(exchanged, 2, shapes):
         assert [shape for shape, result in zip(shapes, results, strict=True) if result != (True, True)] == []
 
