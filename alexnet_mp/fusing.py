@@ -1,5 +1,5 @@
-"""torch.compile for single functions, on the devices where it makes one kernel of them: a norm is some thirty operations, each of them a pass
-through a GPU's memory. (CPUs have native.py; Apple's MPS and machines without Triton run the operations one by one.)
+"""torch.compile: for whole networks, and for single functions on the devices where it makes one kernel of them. A norm is thirty operations, each
+of them a pass through a GPU's memory. (CPUs have native.py; Apple's MPS and machines without Triton run the operations one by one.)
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DEVICES = {"cuda"}
 
@@ -35,6 +35,11 @@ def missing(device: str) -> str:
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function`, compiled when it is first called, again for a batch of another size, and then for any size."""
     return torch.compile(function)
+
+
+def compile_network(network: nn.Module, cuda_graphs: bool) -> None:
+    """Compiles what lies between two crossings, in place, when it is first called; with `cuda_graphs` it is also recorded and replayed."""
+    network.compile(mode="reduce-overhead" if cuda_graphs else "default")
 
 
 def _trial(x: Tensor) -> Tensor:

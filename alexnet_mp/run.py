@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alexnet_mp import checkpoint, native
+from alexnet_mp import checkpoint, fusing, native
 from alexnet_mp.checks import check_alike
 from alexnet_mp.config import Config, check
 from alexnet_mp.data import build_loaders, load
@@ -91,7 +91,7 @@ class Run:
                  "to train / validate / test")
         self.model = placement.build_model(config.model, config.run.seed)
         if config.run.compile or config.run.cuda_graphs:
-            self.model.compile(mode="reduce-overhead" if config.run.cuda_graphs else "default")
+            fusing.compile_network(self.model, config.run.cuda_graphs)
         optimizer = build_optimizer(self.model, config.recipe)
         self.trainer = Trainer(
             self.model, nn.CrossEntropyLoss(reduction="sum"), optimizer, placement.device, patience=0,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from alexnet_mp import AlexNet, native, preset
+from alexnet_mp import AlexNet, fusing, native, preset
 from alexnet_mp.config import Config, ModelConfig
 from alexnet_mp.distributed import connect
 from alexnet_mp.exchange import TRAINING
@@ -108,7 +108,7 @@ class Worker:
         training = case.mode == "training"
         self.network = self._network(case).to(memory_format=FORMATS[memory_format]).train(training)
         if case.compile != "no":
-            self.network.compile(mode="reduce-overhead" if case.compile == "cuda-graphs" else "default")
+            fusing.compile_network(self.network, case.compile == "cuda-graphs")
         self.replica = place.parallel(self.network) if training else self.network
         self.optimizer = self._optimizer() if training else None
         first, last = (case.batch_size * (place.data_rank + k) // place.data_ranks for k in (0, 1))
