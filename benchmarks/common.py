@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from alexnet_mp.data.packing import cores
-from alexnet_mp.distributed import tf32
+from alexnet_mp.data.shard_writer import cores
+from alexnet_mp.parallel.context import tf32
 
-CACHES = 64 * 2**20      # bytes that push everything else out of the caches of usual machines
+CACHES = 64 * 2**20  # bytes that push everything else out of the caches of usual machines
 
 
 class ContestantFailed(RuntimeError):
@@ -40,14 +40,16 @@ class Contestant:
     """
 
     def __init__(self, factory: Callable[..., Any], ranks: int, *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")      # fork would inherit torch's threads
+        context = multiprocessing.get_context("spawn")  # fork would inherit torch's threads
         port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, factory, rank, ranks, port, arguments), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, factory, rank, ranks, port, arguments), daemon=True
+            )
             process.start()
-            theirs.close()                                  # so that a death is an end of file here
+            theirs.close()  # so that a death is an end of file here
             self.pipes.append(mine)
             self.processes.append(process)
 
@@ -80,7 +82,14 @@ class Contestant:
         self.close()
 
 
-def _serve(pipe: Any, factory: Callable[..., Any], rank: int, ranks: int, port: int, arguments: tuple[Any, ...]) -> None:
+def _serve(
+    pipe: Any,
+    factory: Callable[..., Any],
+    rank: int,
+    ranks: int,
+    port: int,
+    arguments: tuple[Any, ...],
+) -> None:
     """The process of one rank."""
     worker = None
     while True:
@@ -93,7 +102,12 @@ def _serve(pipe: Any, factory: Callable[..., Any], rank: int, ranks: int, port: 
             pipe.send((True, getattr(worker, what)(*values)))
         except Exception as error:
             traceback.print_exc(file=sys.stderr) if os.environ.get("BENCHMARK_TRACEBACKS") else None
-            pipe.send((False, f"rank {rank}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"))
+            pipe.send(
+                (
+                    False,
+                    f"rank {rank}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+                )
+            )
 
 
 def free_port() -> int:
@@ -125,7 +139,7 @@ class Spread:
         return Spread(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Waits for what `device` has been given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -147,7 +161,11 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -159,10 +177,20 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
     else:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
-    return {"device": device.type, "device_name": name, "cores": cores(), "threads_in_all": threads, "torch": torch.__version__,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "load_before": round(os.getloadavg()[0], 2),
-            "tf32": tf32(device)}
+        name = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            platform.processor() or platform.machine(),
+        )
+    return {
+        "device": device.type,
+        "device_name": name,
+        "cores": cores(),
+        "threads_in_all": threads,
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "tf32": tf32(device),
+    }
 
 
 def describe(place: dict[str, Any]) -> str:
@@ -177,16 +205,25 @@ def describe(place: dict[str, Any]) -> str:
 
 def choose_device(asked: str) -> torch.device:
     """The device that a single rank would take."""
-    from alexnet_mp.rendezvous import Environment
-    from alexnet_mp.rendezvous import choose_device as choose
+    from alexnet_mp.parallel.rendezvous import Environment
+    from alexnet_mp.parallel.rendezvous import choose_device as choose
+
     return choose(asked, Environment())
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for people: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))] for row in (head, *rows)]
-    return "\n".join("  ".join(line).rstrip() for line in [lines[0], ["-" * w for w in widths], *lines[1:]])
+    lines = [
+        [
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in (head, *rows)
+    ]
+    return "\n".join(
+        "  ".join(line).rstrip() for line in [lines[0], ["-" * w for w in widths], *lines[1:]]
+    )
 
 
 def finish(result: dict[str, Any], target: str) -> None:

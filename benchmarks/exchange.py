@@ -19,18 +19,18 @@ import common
 import torch
 import torch.distributed as dist
 from common import Contestant, Spread, cores, rounded
-from rows import Case
-from rows import Worker as Rank
+from cases import Case
+from cases import Worker as Rank
 from tqdm import tqdm
 from tyro.conf import arg
 
-from alexnet_mp.cli import parse_request
+from alexnet_mp.cli.parser import parse_request
+from alexnet_mp.cli.process import run_main
 from alexnet_mp.config import ModelConfig, check
-from alexnet_mp.console import guarded
-from alexnet_mp.exchange import GroupLink, Transfer
-from alexnet_mp.summary import layer_table
+from alexnet_mp.model.layer_table import layer_table
+from alexnet_mp.parallel.exchange import GroupLink, Transfer
 
-SIZES = (1, 1024, 16_384, 131_072, 1_048_576, 4_194_304)         # float32 values each way
+SIZES = (1, 1024, 16_384, 131_072, 1_048_576, 4_194_304)  # float32 values each way
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,14 @@ class Request:
     """Write the JSON into this file too."""
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 2 and self.rounds >= 1, f"--batch-size {self.batch_size} --rounds {self.rounds}: two images and one round, or more")
-        check(self.image_size >= 64, f"--image-size {self.image_size}: 64 or more, below that nothing is left of the image")
+        check(
+            self.batch_size >= 2 and self.rounds >= 1,
+            f"--batch-size {self.batch_size} --rounds {self.rounds}: two images and one round, or more",
+        )
+        check(
+            self.image_size >= 64,
+            f"--image-size {self.image_size}: 64 or more, below that nothing is left of the image",
+        )
         check(self.threads >= 0, f"--threads {self.threads}: must not be negative")
 
 
@@ -63,28 +69,39 @@ class Pair(Rank):
 
     def ours(self, numel: int) -> float:
         """Seconds until `numel` values have gone each way through the link's own transfer."""
-        link, x = GroupLink(self.placement.mesh["column"].get_group()), torch.ones(numel, device=self.device)
+        link, x = (
+            GroupLink(self.context.mesh["column"].get_group()),
+            torch.ones(numel, device=self.device),
+        )
         return self._timed(lambda: Transfer([x], link).wait())
 
     def raw(self, numel: int) -> float:
         """The same with torch.distributed alone; from the host's memory, where the backend sends from there only."""
-        group = self.placement.mesh["column"].get_group()
-        where = "cpu" if self.placement.backend == "gloo" else self.device
-        sent, received, peer = torch.ones(numel, device=where), torch.empty(numel, device=where), 1 - self.placement.rank
+        group = self.context.mesh["column"].get_group()
+        where = "cpu" if self.context.backend == "gloo" else self.device
+        sent, received, peer = (
+            torch.ones(numel, device=where),
+            torch.empty(numel, device=where),
+            1 - self.context.rank,
+        )
 
-        def swap() -> None:
-            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, group=group, group_peer=peer),
-                                                dist.P2POp(dist.irecv, received, group=group, group_peer=peer)]):
+        def start_exchange() -> None:
+            for work in dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, sent, group=group, group_peer=peer),
+                    dist.P2POp(dist.irecv, received, group=group, group_peer=peer),
+                ]
+            ):
                 work.wait()
 
         return self._timed(swap)
 
     def _timed(self, swap: Any) -> float:
-        swap()                                                   # both are here now
-        common.synchronise(self.device)
+        swap()  # both are here now
+        common.synchronize(self.device)
         start = time.perf_counter()
         swap()
-        common.synchronise(self.device)
+        common.synchronize(self.device)
         return time.perf_counter() - start
 
     def gradient_bytes(self) -> int:
@@ -94,12 +111,16 @@ class Pair(Rank):
         def hook(group: dist.ProcessGroup, bucket: Any) -> Any:
             buffer = bucket.buffer()
             reduced.append(buffer.numel() * buffer.element_size())
-            return dist.all_reduce(buffer.div_(group.size()), group=group, async_op=True).get_future().then(lambda f: f.value()[0])
+            return (
+                dist.all_reduce(buffer.div_(group.size()), group=group, async_op=True)
+                .get_future()
+                .then(lambda f: f.value()[0])
+            )
 
-        hook.__annotations__ = {}                                # torch compares types, which are strings in this file
-        self.replica.register_comm_hook(self.placement.mesh["data"].get_group(), hook)
+        hook.__annotations__ = {}  # torch compares types, which are strings in this file
+        self.replica.register_comm_hook(self.context.mesh["data"].get_group(), hook)
         self.run(1)
-        ranks = self.placement.data_ranks
+        ranks = self.context.data_ranks
         return 2 * (ranks - 1) * sum(reduced) // ranks
 
 
@@ -111,14 +132,24 @@ def transfers(pair: Contestant, rounds: int) -> list[dict[str, Any]]:
         for turn in range(rounds + 1):
             for side, values in seconds.items():
                 taken = max(pair.ask(side, numel))
-                if turn:                                         # the first warms up
+                if turn:  # the first warms up
                     values.append(taken)
         row: dict[str, Any] = {"bytes": 4 * numel}
         for side, values in seconds.items():
             spread = Spread.of(values)
-            row |= {f"{side}_seconds": rounded(spread.median, 7), f"{side}_spread": [round(value, 7) for value in spread.range],
-                    f"{side}_gigabytes_per_second": rounded(4 * numel / spread.median / 1e9)}
-        rows.append(row | {"ratio_to_raw": rounded(Spread.of(seconds["ours"]).over(Spread.of(seconds["raw"])).median)})
+            row |= {
+                f"{side}_seconds": rounded(spread.median, 7),
+                f"{side}_spread": [round(value, 7) for value in spread.range],
+                f"{side}_gigabytes_per_second": rounded(4 * numel / spread.median / 1e9),
+            }
+        rows.append(
+            row
+            | {
+                "ratio_to_raw": rounded(
+                    Spread.of(seconds["ours"]).over(Spread.of(seconds["raw"])).median
+                )
+            }
+        )
     return rows
 
 
@@ -127,7 +158,11 @@ def least_values_per_image(config: ModelConfig) -> int:
     rows = {row["layer"]: row["output"] for row in layer_table(config) if row["column"] == 0}
     height, width = rows["conv3"][1:]
     pooled = config.map_sizes()["fc6"]
-    crossing = config.kernels[1] * height * width + config.kernels[4] * pooled[0] * pooled[1] + config.hidden[0]
+    crossing = (
+        config.kernels[1] * height * width
+        + config.kernels[4] * pooled[0] * pooled[1]
+        + config.hidden[0]
+    )
     return 2 * crossing + config.classes
 
 
@@ -142,20 +177,39 @@ def count_bytes(request: Request, device: str, threads: int) -> dict[str, Any]:
         ours = [int(rank["bytes"]) for rank in pair.ask("run", 1)]
     least = 4 * least_values_per_image(case.model("two")) * request.batch_size
     ratio = gradients / max(ours)
-    return {"batch_size": request.batch_size, "bytes_per_step": max(ours), "least_bytes_per_step": least, "bytes_per_step_data_parallel": gradients,
-            "ratio_data_parallel_to_ours": rounded(ratio), "batch_size_of_equal_bytes": round(ratio * request.batch_size)}
+    return {
+        "batch_size": request.batch_size,
+        "bytes_per_step": max(ours),
+        "least_bytes_per_step": least,
+        "bytes_per_step_data_parallel": gradients,
+        "ratio_data_parallel_to_ours": rounded(ratio),
+        "batch_size_of_equal_bytes": round(ratio * request.batch_size),
+    }
 
 
 def show(rows: list[dict[str, Any]], counted: dict[str, Any]) -> str:
     head = ("bytes each way", "ours, us", "raw, us", "ours / raw", "ours, GB/s", "raw, GB/s")
-    lines = [(f"{row['bytes']:,}", f"{row['ours_seconds'] * 1e6:.0f}", f"{row['raw_seconds'] * 1e6:.0f}", f"{row['ratio_to_raw']:.2f}",
-              f"{row['ours_gigabytes_per_second']:.2f}", f"{row['raw_gigabytes_per_second']:.2f}") for row in rows]
-    return "\n".join([
-        common.table(head, lines), "",
-        f"one training step at batch {counted['batch_size']}: each rank sends {counted['bytes_per_step']:,} bytes "
-        f"(the least that the layout allows: {counted['least_bytes_per_step']:,})",
-        f"data parallelism's gradients: {counted['bytes_per_step_data_parallel']:,} bytes, "
-        f"{counted['ratio_data_parallel_to_ours']:.1f} times as much; they are level at batch {counted['batch_size_of_equal_bytes']:,}"])
+    lines = [
+        (
+            f"{row['bytes']:,}",
+            f"{row['ours_seconds'] * 1e6:.0f}",
+            f"{row['raw_seconds'] * 1e6:.0f}",
+            f"{row['ratio_to_raw']:.2f}",
+            f"{row['ours_gigabytes_per_second']:.2f}",
+            f"{row['raw_gigabytes_per_second']:.2f}",
+        )
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            common.table(head, lines),
+            "",
+            f"one training step at batch {counted['batch_size']}: each rank sends {counted['bytes_per_step']:,} bytes "
+            f"(the least that the layout allows: {counted['least_bytes_per_step']:,})",
+            f"data parallelism's gradients: {counted['bytes_per_step_data_parallel']:,} bytes, "
+            f"{counted['ratio_data_parallel_to_ours']:.1f} times as much; they are level at batch {counted['batch_size_of_equal_bytes']:,}",
+        ]
+    )
 
 
 def main() -> int:
@@ -173,4 +227,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

@@ -39,13 +39,13 @@ from tyro.conf import arg
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from alexnet_mp import cli  # noqa: E402
+from alexnet_mp.cli import parser  # noqa: E402
+from alexnet_mp.cli.process import printing_json, run_main  # noqa: E402
 from alexnet_mp.config import DataConfig  # noqa: E402
-from alexnet_mp.console import guarded, printing_json  # noqa: E402
-from alexnet_mp.data import Augment, Loader, Store, packs  # noqa: E402
-from alexnet_mp.data.augment import colour_axes  # noqa: E402
-from alexnet_mp.data.folder import EXTENSIONS, list_split  # noqa: E402
-from alexnet_mp.data.packing import Packing, cores, pack_split  # noqa: E402
+from alexnet_mp.data import Augment, Loader, Store, dataset_packer  # noqa: E402
+from alexnet_mp.data.image_folder import EXTENSIONS, list_split  # noqa: E402
+from alexnet_mp.data.shard_writer import Packing, cores, pack_split  # noqa: E402
+from alexnet_mp.data.transforms import color_axes  # noqa: E402
 
 BATCH, CROP, SIDE = 128, 227, 256
 DRAWN, QUICK = 500, 256
@@ -80,14 +80,22 @@ class Request:
 
 # ---- the images ------------------------------------------------------------------------------------------------------------
 
+
 def draw(count: int, folder: Path) -> list[Path]:
     """Photograph-like JPEGs: noise, smooth at every scale, the coarser the stronger; of 500x375, about 110 kB like ImageNet's."""
     rng, files = np.random.default_rng(0), []
-    for number in tqdm(range(count), "drawing photographs", unit=" images", leave=False, disable=None):
+    for number in tqdm(
+        range(count), "drawing photographs", unit=" images", leave=False, disable=None
+    ):
         picture = np.zeros((375, 500, 3), np.float32)
         for level in range(9):
-            coarse = rng.standard_normal((2 + 375 * 2**level // 256, 2 + 500 * 2**level // 256, 3), np.float32)
-            bands = [Image.fromarray(coarse[..., band]).resize((500, 375), Image.Resampling.BICUBIC) for band in range(3)]
+            coarse = rng.standard_normal(
+                (2 + 375 * 2**level // 256, 2 + 500 * 2**level // 256, 3), np.float32
+            )
+            bands = [
+                Image.fromarray(coarse[..., band]).resize((500, 375), Image.Resampling.BICUBIC)
+                for band in range(3)
+            ]
             picture += np.stack([np.asarray(band) for band in bands], 2) * 48 / 1.45**level
         files.append(folder / f"{number:04d}.jpg")
         Image.fromarray((picture + 118).clip(0, 255).astype(np.uint8)).save(files[-1], quality=92)
@@ -103,7 +111,11 @@ def photographs(request: Request, folder: Path) -> list[Path]:
         with tarfile.open(given) as archive:
             archive.extractall(folder, filter="data")
         given = folder
-    files = sorted(path for path in given.resolve().rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    files = sorted(
+        path
+        for path in given.resolve().rglob("*")
+        if path.suffix.lower() in EXTENSIONS and path.is_file()
+    )
     if not files:
         raise ValueError(f"--data-dir {request.data_dir}: no images in it")
     return files[:QUICK] if request.quick else files
@@ -123,34 +135,54 @@ def arrange(files: list[Path], repeat: int, folder: Path) -> list[Path]:
 
 # ---- what is measured ------------------------------------------------------------------------------------------------------
 
+
 class PaperTransform:
     """The paper's data recipe in torchvision's words, for one image."""
 
     def __init__(self, mean: torch.Tensor, axes: torch.Tensor | None) -> None:
-        self.geometry = transforms.Compose([transforms.Resize(SIDE), transforms.CenterCrop(SIDE), transforms.RandomCrop(CROP),
-                                            transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        self.geometry = transforms.Compose(
+            [
+                transforms.Resize(SIDE),
+                transforms.CenterCrop(SIDE),
+                transforms.RandomCrop(CROP),
+                transforms.RandomHorizontalFlip(),
+                transforms.PILToTensor(),
+            ]
+        )
         self.mean, self.axes = mean, axes
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         values = self.geometry(image).float() - self.mean
-        return values if self.axes is None else values + (self.axes @ (torch.randn(3) * 0.1))[:, None, None]
+        return (
+            values
+            if self.axes is None
+            else values + (self.axes @ (torch.randn(3) * 0.1))[:, None, None]
+        )
 
 
-def image_folder(folder: Path, workers: int, mean: torch.Tensor, axes: torch.Tensor | None) -> Callable[[], int]:
-    data = torch.utils.data.Subset(dataset := ImageFolder(str(folder), PaperTransform(mean, axes)),
-                                   np.random.default_rng(0).permutation(len(dataset))[:THEIRS].tolist())
-    loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=workers, persistent_workers=True)
+def image_folder(
+    folder: Path, workers: int, mean: torch.Tensor, axes: torch.Tensor | None
+) -> Callable[[], int]:
+    data = torch.utils.data.Subset(
+        dataset := ImageFolder(str(folder), PaperTransform(mean, axes)),
+        np.random.default_rng(0).permutation(len(dataset))[:THEIRS].tolist(),
+    )
+    loader = torch.utils.data.DataLoader(
+        data, BATCH, shuffle=True, num_workers=workers, persistent_workers=True
+    )
     return lambda: sum(len(labels) for _, labels in loader)
 
 
-def stored(path: Path, workers: int, colour_noise: float) -> Callable[[], int]:
+def stored(path: Path, workers: int, color_noise: float) -> Callable[[], int]:
     epoch = iter(range(10**6))
 
     def run() -> int:
         store = Store.open(path)
-        config = DataConfig(colour_noise=colour_noise)
-        loader = Loader(store, Augment(config, CROP, store.statistics(SIDE)), BATCH, 0, True, workers=workers)
-        loader.buffers = buffers            # as from the second epoch of a run on
+        config = DataConfig(color_noise=color_noise)
+        loader = Loader(
+            store, Augment(config, CROP, store.statistics(SIDE)), BATCH, 0, True, workers=workers
+        )
+        loader.buffers = buffers  # as from the second epoch of a run on
         loader.set_epoch(next(epoch))
         return sum(len(labels) for _, labels, *_ in loader)
 
@@ -161,14 +193,19 @@ def stored(path: Path, workers: int, colour_noise: float) -> Callable[[], int]:
 
 def pillow_loop(files: list[Path], target: Path) -> Callable[[], int]:
     """What a packing script is at its plainest."""
+
     def run() -> int:
         array = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), 3, SIDE, SIDE))
         for number, file in enumerate(files):
             image = Image.open(file).convert("RGB")
             scale = SIDE / min(image.size)
-            image = image.resize([max(SIDE, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+            image = image.resize(
+                [max(SIDE, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR
+            )
             left, top = ((side - SIDE) // 2 for side in image.size)
-            array[number] = np.asarray(image.crop((left, top, left + SIDE, top + SIDE))).transpose(2, 0, 1)
+            array[number] = np.asarray(image.crop((left, top, left + SIDE, top + SIDE))).transpose(
+                2, 0, 1
+            )
         array.flush()
         return len(files)
 
@@ -187,10 +224,18 @@ def our_packing(folder: Path, target: Path) -> Callable[[], int]:
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------
 
-def take_turns(kinds: dict[str, Callable[[], int]], passes: int, clock: Callable[[], float], before: Callable[[], None]) -> dict[str, list[float]]:
+
+def take_turns(
+    kinds: dict[str, Callable[[], int]],
+    passes: int,
+    clock: Callable[[], float],
+    before: Callable[[], None],
+) -> dict[str, list[float]]:
     """Images a second of every pass, after one that does not count."""
     rates: dict[str, list[float]] = {name: [] for name in kinds}
-    bar = tqdm(total=(passes + 1) * len(kinds), desc="measuring", unit="pass", leave=False, disable=None)
+    bar = tqdm(
+        total=(passes + 1) * len(kinds), desc="measuring", unit="pass", leave=False, disable=None
+    )
     with bar:
         for number in range(passes + 1):
             for name, run in kinds.items():
@@ -215,51 +260,89 @@ def drop_from_cache(folder: Path) -> None:
 def row(name: str, rates: list[float], workers: int) -> dict[str, Any]:
     """A line of the table; every number an image rate."""
     per_core = [rate / workers for rate in rates]
-    return {"name": name, "images_per_second": statistics.median(rates), "images_per_second_per_core": statistics.median(per_core),
-            "least": min(per_core), "most": max(per_core), "passes": len(rates)}
+    return {
+        "name": name,
+        "images_per_second": statistics.median(rates),
+        "images_per_second_per_core": statistics.median(per_core),
+        "least": min(per_core),
+        "most": max(per_core),
+        "passes": len(rates),
+    }
 
 
 def measure(request: Request, folder: Path) -> dict[str, Any]:
-    workers, passes = request.workers or cores(), min(request.passes, 2) if request.quick else request.passes
+    workers, passes = (
+        request.workers or cores(),
+        min(request.passes, 2) if request.quick else request.passes,
+    )
     (folder / "given").mkdir()
     files = photographs(request, folder / "given")
     images = arrange(files, request.repeat, folder / "set" / "train")
     listings = {"train": list_split(folder / "set" / "train")}
     for encode in ("raw", "jpeg"):
-        packs.pack(listings, folder / encode, Packing(encode, progress=True), say=lambda text: None)
+        dataset_packer.pack(
+            listings, folder / encode, Packing(encode, progress=True), say=lambda text: None
+        )
     store = Store.open(folder / "raw" / "train")
     found = store.statistics(SIDE)
-    mean, axes = found.mean_image[:, 14:14 + CROP, 14:14 + CROP], colour_axes(DataConfig(), found)
+    mean, axes = (
+        found.mean_image[:, 14 : 14 + CROP, 14 : 14 + CROP],
+        color_axes(DataConfig(), found),
+    )
     kinds = {}
-    for noise, words in ((0.0, ""), (0.1, ", colour noise")):
-        kinds |= {f"ImageFolder and DataLoader{words}": image_folder(folder / "set" / "train", workers, mean, axes if noise else None),
-                  f"store, raw{words}": stored(folder / "raw" / "train", workers, noise),
-                  f"store, JPEG{words}": stored(folder / "jpeg" / "train", workers, noise)}
+    for noise, words in ((0.0, ""), (0.1, ", color noise")):
+        kinds |= {
+            f"ImageFolder and DataLoader{words}": image_folder(
+                folder / "set" / "train", workers, mean, axes if noise else None
+            ),
+            f"store, raw{words}": stored(folder / "raw" / "train", workers, noise),
+            f"store, JPEG{words}": stored(folder / "jpeg" / "train", workers, noise),
+        }
     before = (lambda: drop_from_cache(folder)) if request.cold else (lambda: None)
     loading = take_turns(kinds, passes, time.perf_counter, before)
     few = images[:THEIRS]
     arrange([path.resolve() for path in few], 1, folder / "few")
-    packers = {"Pillow in a loop": pillow_loop(few, folder / "loop.npy"), "launch/pack.py": our_packing(folder / "few", folder / "packed")}
+    packers = {
+        "Pillow in a loop": pillow_loop(few, folder / "loop.npy"),
+        "launch/pack.py": our_packing(folder / "few", folder / "packed"),
+    }
     packing = take_turns(packers, passes, time.process_time, before)
     rows = [row(f"load: {name}", rates, workers) for name, rates in loading.items()]
     rows += [row(f"pack: {name}", rates, 1) for name, rates in packing.items()]
     theirs, raw, jpeg, *_ = (line["images_per_second"] for line in rows)
     return {
-        "ratio_store_to_imagefolder": raw / theirs, "ratio_jpeg_store_to_imagefolder": jpeg / theirs,
+        "ratio_store_to_imagefolder": raw / theirs,
+        "ratio_jpeg_store_to_imagefolder": jpeg / theirs,
         "pack_ratio_to_pillow": rows[-1]["images_per_second"] / rows[-2]["images_per_second"],
-        "rows": rows, "images": len(images), "photographs": request.data_dir or "drawn", "cache": "cold" if request.cold else "warm",
+        "rows": rows,
+        "images": len(images),
+        "photographs": request.data_dir or "drawn",
+        "cache": "cold" if request.cold else "warm",
         "workers": workers,
-        "bytes_per_image": {encode: sum(path.stat().st_size for path in (folder / encode / "train").glob("images-*")) / len(images)
-                            for encode in ("raw", "jpeg")},
-        "cores": cores(), "load_before": os.getloadavg()[0], "machine": platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-                     "pillow": PIL.__version__},
+        "bytes_per_image": {
+            encode: sum(
+                path.stat().st_size for path in (folder / encode / "train").glob("images-*")
+            )
+            / len(images)
+            for encode in ("raw", "jpeg")
+        },
+        "cores": cores(),
+        "load_before": os.getloadavg()[0],
+        "machine": platform.processor() or platform.machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "pillow": PIL.__version__,
+        },
     }
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
-    yield (f"{result['images']:,} images ({result['photographs']}), {result['workers']} workers on {result['cores']} cores, {result['cache']} page "
-           f"cache; torch {result['versions']['torch']}, Pillow {result['versions']['pillow']}; images a second and core, median (least to most)")
+    yield (
+        f"{result['images']:,} images ({result['photographs']}), {result['workers']} workers on {result['cores']} cores, {result['cache']} page "
+        f"cache; torch {result['versions']['torch']}, Pillow {result['versions']['pillow']}; images a second and core, median (least to most)"
+    )
     for line in result["rows"]:
         yield f"  {line['name']:<48}{line['images_per_second_per_core']:>8,.0f}   ({line['least']:,.0f} to {line['most']:,.0f})"
     yield f"raw store to ImageFolder   {result['ratio_store_to_imagefolder']:.1f}"
@@ -268,10 +351,12 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> int:
-    request = cli.parse_request(Request, sys.argv[1:], __doc__)
-    torch.set_num_threads(1)            # of the consumer; what loads has the workers
+    request = parser.parse_request(Request, sys.argv[1:], __doc__)
+    torch.set_num_threads(1)  # of the consumer; what loads has the workers
     with printing_json(request.json) as write, contextlib.ExitStack() as stack:
-        result = measure(request, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loader-"))))
+        result = measure(
+            request, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loader-")))
+        )
         write(result)
         print("\n".join(table(result)))
         print(json.dumps(result), flush=True)
@@ -279,4 +364,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Our response normalisation against torch.nn.LocalResponseNorm: forward and backward, seconds and extra memory.
+"""Our response normalization against torch.nn.LocalResponseNorm: forward and backward, seconds and extra memory.
 
     python benchmarks/lrn.py [--batch-size 128] [--precision fp32 bf16] [--threads 1]
 
@@ -24,19 +24,22 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from alexnet_mp import LocalResponseNorm
-from alexnet_mp.cli import parse_request
+from alexnet_mp.cli.parser import parse_request
+from alexnet_mp.cli.process import run_main
 from alexnet_mp.config import check
-from alexnet_mp.console import guarded
-from alexnet_mp.precision import DTYPES
+from alexnet_mp.ops.precision import DTYPES
 
 SHAPES = {"layer 1": (48, 55, 55), "layer 2": (128, 27, 27)}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-NORMS = {"ours": LocalResponseNorm(), "torch": nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)}     # torch divides alpha by the size
+NORMS = {
+    "ours": LocalResponseNorm(),
+    "torch": nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0),
+}  # torch divides alpha by the size
 
 
 @dataclass(frozen=True)
 class Request:
-    """What does response normalisation cost?"""
+    """What does response normalization cost?"""
 
     batch_size: int = 128
     """Images."""
@@ -52,17 +55,20 @@ class Request:
     """Write the JSON into this file too."""
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1 and self.rounds >= 1, f"--batch-size {self.batch_size} --rounds {self.rounds}: one or more")
+        check(
+            self.batch_size >= 1 and self.rounds >= 1,
+            f"--batch-size {self.batch_size} --rounds {self.rounds}: one or more",
+        )
         check(self.threads >= 0, f"--threads {self.threads}: must not be negative")
         check(bool(self.precision), "--precision: name at least one")
 
 
 def once(norm: nn.Module, x: Tensor, gradient: Tensor, device: torch.device) -> float:
     """Seconds of forward and backward."""
-    common.synchronise(device)
+    common.synchronize(device)
     start = time.perf_counter()
     torch.autograd.grad(norm(x), x, gradient)
-    common.synchronise(device)
+    common.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -70,10 +76,10 @@ def copying(x: Tensor, device: torch.device) -> float:
     """Seconds of a copy of `x`, the median of five."""
     target, seconds = torch.empty_like(x), []
     for _ in range(6):
-        common.synchronise(device)
+        common.synchronize(device)
         start = time.perf_counter()
         target.copy_(x)
-        common.synchronise(device)
+        common.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
@@ -84,7 +90,7 @@ def extra_memory(norm: nn.Module, x: Tensor, gradient: Tensor, device: torch.dev
     before = common.peak_memory(device)
     y = norm(x)
     dx = torch.autograd.grad(y, x, gradient)
-    common.synchronise(device)
+    common.synchronize(device)
     size = x.numel() * x.element_size()
     extra = (common.peak_memory(device) - before) / size - 2
     del y, dx
@@ -93,30 +99,58 @@ def extra_memory(norm: nn.Module, x: Tensor, gradient: Tensor, device: torch.dev
 
 def measure(request: Request, device: torch.device) -> list[dict[str, Any]]:
     rows = []
-    cases = [(layer, precision, memory_format) for layer in SHAPES for precision in request.precision for memory_format in FORMATS]
+    cases = [
+        (layer, precision, memory_format)
+        for layer in SHAPES
+        for precision in request.precision
+        for memory_format in FORMATS
+    ]
     for layer, precision, memory_format in tqdm(cases, "norms", leave=False, disable=None):
         generator = torch.Generator().manual_seed(0)
-        x, gradient = (torch.randn(request.batch_size, *SHAPES[layer], generator=generator).to(device, DTYPES[precision])
-                       .contiguous(memory_format=FORMATS[memory_format]) for _ in range(2))
+        x, gradient = (
+            torch.randn(request.batch_size, *SHAPES[layer], generator=generator)
+            .to(device, DTYPES[precision])
+            .contiguous(memory_format=FORMATS[memory_format])
+            for _ in range(2)
+        )
         x.requires_grad_()
-        row = {"layer": layer, "precision": precision, "memory_format": memory_format, "batch_size": request.batch_size}
+        row = {
+            "layer": layer,
+            "precision": precision,
+            "memory_format": memory_format,
+            "batch_size": request.batch_size,
+        }
         sides, seconds = dict(NORMS), {name: [] for name in NORMS}
         for turn in range(request.rounds + 1):
             for name, norm in list(sides.items()):
                 try:
                     taken = once(norm, x, gradient, device)
-                except (RuntimeError, NotImplementedError) as error:      # torch's norm lacks some types on some devices
+                except (
+                    RuntimeError,
+                    NotImplementedError,
+                ) as error:  # torch's norm lacks some types on some devices
                     row[f"{name}_failed"] = str(error).splitlines()[0]
                     del sides[name]
                     continue
-                if turn:                                                  # the first warms up
+                if turn:  # the first warms up
                     seconds[name].append(taken)
         for name in sides:
             taken = Spread.of(seconds[name])
-            row |= {f"{name}_seconds": rounded(taken.median, 6), f"{name}_spread": [round(s, 6) for s in taken.range],
-                    f"{name}_extra_activations": round(extra_memory(NORMS[name], x, gradient, device), 3)}
-        row["ours_copies"] = rounded(Spread.of(seconds["ours"]).median / copying(x.detach(), device), 2)
-        row["ratio"] = rounded(Spread.of(seconds["torch"]).over(Spread.of(seconds["ours"])).median) if len(sides) == 2 else None
+            row |= {
+                f"{name}_seconds": rounded(taken.median, 6),
+                f"{name}_spread": [round(s, 6) for s in taken.range],
+                f"{name}_extra_activations": round(
+                    extra_memory(NORMS[name], x, gradient, device), 3
+                ),
+            }
+        row["ours_copies"] = rounded(
+            Spread.of(seconds["ours"]).median / copying(x.detach(), device), 2
+        )
+        row["ratio"] = (
+            rounded(Spread.of(seconds["torch"]).over(Spread.of(seconds["ours"])).median)
+            if len(sides) == 2
+            else None
+        )
         rows.append(row)
     return rows
 
@@ -129,20 +163,50 @@ def headline(rows: list[dict[str, Any]]) -> float | None:
         mine = [row for row in rows if (row["layer"], row["precision"]) == (layer, precision)]
         if any(row["ratio"] is None for row in mine):
             return None
-        ratios.append(min(row["torch_seconds"] for row in mine) / min(row["ours_seconds"] for row in mine))
+        ratios.append(
+            min(row["torch_seconds"] for row in mine) / min(row["ours_seconds"] for row in mine)
+        )
     return rounded(min(ratios))
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    head = ("", "precision", "memory format", "ours, ms", "torch's, ms", "ratio", "ours, copies", "extra, ours", "extra, torch's")
+    head = (
+        "",
+        "precision",
+        "memory format",
+        "ours, ms",
+        "torch's, ms",
+        "ratio",
+        "ours, copies",
+        "extra, ours",
+        "extra, torch's",
+    )
 
     def number(row: dict[str, Any], key: str, factor: float, form: str) -> str:
         return "-" if row.get(key) is None else format(row[key] * factor, form)
 
-    lines = [(row["layer"], row["precision"], row["memory_format"], number(row, "ours_seconds", 1e3, ".1f"), number(row, "torch_seconds", 1e3, ".1f"),
-              number(row, "ratio", 1, ".2f"), number(row, "ours_copies", 1, ".1f"), number(row, "ours_extra_activations", 1, ".2f"),
-              number(row, "torch_extra_activations", 1, ".2f")) for row in rows]
-    failures = sorted({f"{name}: {row[f'{name}_failed']}" for row in rows for name in NORMS if f"{name}_failed" in row})
+    lines = [
+        (
+            row["layer"],
+            row["precision"],
+            row["memory_format"],
+            number(row, "ours_seconds", 1e3, ".1f"),
+            number(row, "torch_seconds", 1e3, ".1f"),
+            number(row, "ratio", 1, ".2f"),
+            number(row, "ours_copies", 1, ".1f"),
+            number(row, "ours_extra_activations", 1, ".2f"),
+            number(row, "torch_extra_activations", 1, ".2f"),
+        )
+        for row in rows
+    ]
+    failures = sorted(
+        {
+            f"{name}: {row[f'{name}_failed']}"
+            for row in rows
+            for name in NORMS
+            if f"{name}_failed" in row
+        }
+    )
     return "\n".join([common.table(head, lines), *failures])
 
 
@@ -154,9 +218,11 @@ def main() -> int:
     print(common.describe(place), flush=True)
     rows = measure(request, device)
     print(show(rows))
-    common.finish({"ratio_to_torch_lrn": headline(rows), "rows": rows, "machine": place}, request.json)
+    common.finish(
+        {"ratio_to_torch_lrn": headline(rows), "rows": rows, "machine": place}, request.json
+    )
     return 0
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

@@ -10,11 +10,13 @@
 import signal
 import sys
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C during the seconds that torch takes to import leaves no traceback
+signal.signal(
+    signal.SIGINT, signal.SIG_DFL
+)  # Ctrl-C during the seconds that torch takes to import leaves no traceback
 
-from alexnet_mp.cli import parse_evaluate  # noqa: E402
-from alexnet_mp.console import guarded, printing_json  # noqa: E402
-from alexnet_mp.inference import evaluate_checkpoints  # noqa: E402
+from alexnet_mp.cli.parser import parse_evaluate  # noqa: E402
+from alexnet_mp.cli.process import printing_json, run_main  # noqa: E402
+from alexnet_mp.inference.ensemble import evaluate_checkpoints  # noqa: E402
 
 
 def main() -> int:
@@ -25,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

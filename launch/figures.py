@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from alexnet_mp import cli
-from alexnet_mp.console import guarded, printing_json
-from alexnet_mp.gallery import FinishedRun, draw
-from alexnet_mp.rendezvous import Environment, choose_device, set_threads
+from alexnet_mp.cli import parser
+from alexnet_mp.cli.process import printing_json, run_main
+from alexnet_mp.inference.run_pictures import FinishedRun, draw
+from alexnet_mp.parallel.rendezvous import Environment, choose_device, set_threads
 
-DESCRIPTION = """Draws what a run has learnt: kernels.png (the first layer, column above column, with its colour selectivity), curves.png,
+DESCRIPTION = """Draws what a run has learned: kernels.png (the first layer, column above column, with its color selectivity), curves.png,
 samples.png (training images), predictions.png (test images with their likeliest classes) and neighbours.png (the training images
 nearest to test images by fc7), into RUN or --out. One process on one device, whatever the placement that trained it."""
 
@@ -57,16 +57,29 @@ class FiguresRequest:
 
 
 def main() -> int:
-    request = cli.parse_request(FiguresRequest, sys.argv[1:], DESCRIPTION)
+    request = parser.parse_request(FiguresRequest, sys.argv[1:], DESCRIPTION)
     if Environment.read().world_size > 1:
-        raise ValueError("launch/figures.py is one process: start it with python, not with torchrun")
+        raise ValueError(
+            "launch/figures.py is one process: start it with python, not with torchrun"
+        )
     device = choose_device(request.device, Environment())
     set_threads(request.threads, Environment(), device)
     facts = {}
     with printing_json(request.json) as write:
         run = FinishedRun(request.run, device, request.data_dir, progress=True)
-        for picture in draw(run, Path(request.out or request.run), request.images, request.window, request.compare, request.key, request.target):
-            facts[picture.file.stem] = {"file": str(picture.file), "caption": picture.caption} | picture.facts
+        for picture in draw(
+            run,
+            Path(request.out or request.run),
+            request.images,
+            request.window,
+            request.compare,
+            request.key,
+            request.target,
+        ):
+            facts[picture.file.stem] = {
+                "file": str(picture.file),
+                "caption": picture.caption,
+            } | picture.facts
             print(f"{picture.file}: {picture.caption}", flush=True)
         if not run.history:
             print("no epoch has ended, so there is no curves.png")
@@ -75,4 +88,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

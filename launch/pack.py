@@ -11,37 +11,48 @@ import shlex
 import sys
 from pathlib import Path
 
-from alexnet_mp import cli
-from alexnet_mp.console import guarded, printing_json
-from alexnet_mp.data import packs
-from alexnet_mp.data.packing import Packing
-from alexnet_mp.rendezvous import Environment
+from alexnet_mp.cli import parser
+from alexnet_mp.cli.process import printing_json, run_main
+from alexnet_mp.data import dataset_packer
+from alexnet_mp.data.shard_writer import Packing
+from alexnet_mp.parallel.rendezvous import Environment
 
 
 def main() -> int:
-    request = cli.parse_pack(sys.argv[1:])
+    request = parser.parse_pack(sys.argv[1:])
     if Environment.read().world_size > 1:
-        raise ValueError("launch/pack.py is one process, which uses all cores: start it with python, not with torchrun")
-    source, labels, synsets = (Path(name).expanduser() if name else None for name in (request.source, request.val_labels, request.val_synsets))
+        raise ValueError(
+            "launch/pack.py is one process, which uses all cores: start it with python, not with torchrun"
+        )
+    source, labels, synsets = (
+        Path(name).expanduser() if name else None
+        for name in (request.source, request.val_labels, request.val_synsets)
+    )
     packing = Packing(request.encode, request.on_error, request.workers, progress=True)
     with printing_json(request.json) as write:
-        listings = packs.list_source(source, labels, synsets, say)
-        packs.tell(listings, say)
+        listings = dataset_packer.list_source(source, labels, synsets, say)
+        dataset_packer.tell(listings, say)
         if request.check:
-            report = packs.check(listings, packing)
+            report = dataset_packer.check(listings, packing)
         else:
             command = shlex.join(["python", "launch/pack.py", *sys.argv[1:]])
-            report = packs.pack(listings, Path(request.store).expanduser(), packing, command, say)
-        say("\n".join(packs.report_lines(report)))
+            report = dataset_packer.pack(
+                listings, Path(request.store).expanduser(), packing, command, say
+            )
+        say("\n".join(dataset_packer.report_lines(report)))
         if not request.check:
-            say(f"{report['seconds']:.1f} s, {report['images_per_second']:,.0f} images/s; train with --data store --data-dir {request.store}")
+            say(
+                f"{report['seconds']:.1f} s, {report['images_per_second']:,.0f} images/s; train with --data store --data-dir {request.store}"
+            )
         write(report)
-    return 2 if request.check and any(split["skipped"] for split in report["splits"].values()) else 0
+    return (
+        2 if request.check and any(split["skipped"] for split in report["splits"].values()) else 0
+    )
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     print(text, flush=True)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

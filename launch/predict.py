@@ -10,11 +10,13 @@
 import signal
 import sys
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C during the seconds that torch takes to import leaves no traceback
+signal.signal(
+    signal.SIGINT, signal.SIG_DFL
+)  # Ctrl-C during the seconds that torch takes to import leaves no traceback
 
-from alexnet_mp.cli import is_main_process, parse_predict  # noqa: E402
-from alexnet_mp.console import fail, guarded, printing_json  # noqa: E402
-from alexnet_mp.inference import predict_files  # noqa: E402
+from alexnet_mp.cli.parser import is_main_process, parse_predict  # noqa: E402
+from alexnet_mp.cli.process import fail, printing_json, run_main  # noqa: E402
+from alexnet_mp.inference.ensemble import predict_files  # noqa: E402
 
 
 def main() -> int:
@@ -27,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

@@ -10,11 +10,13 @@
 import signal
 import sys
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C during the seconds that torch takes to import leaves no traceback
+signal.signal(
+    signal.SIGINT, signal.SIG_DFL
+)  # Ctrl-C during the seconds that torch takes to import leaves no traceback
 
-from alexnet_mp.cli import parse_train  # noqa: E402
-from alexnet_mp.console import Signals, guarded  # noqa: E402
-from alexnet_mp.run import run  # noqa: E402
+from alexnet_mp.cli.parser import parse_train  # noqa: E402
+from alexnet_mp.cli.process import Signals, run_main  # noqa: E402
+from alexnet_mp.training.run import run  # noqa: E402
 
 
 def main() -> int:
@@ -24,4 +26,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

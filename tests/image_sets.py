@@ -7,35 +7,53 @@ import numpy as np
 from PIL import Image
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Splits, Store, files, load, packing, packs
+from alexnet_mp.data import Splits, Store, dataset_packer, load, shard_writer, store_format
 
 
 def random_store(count: int = 40, side: int = 12, classes: int = 4, seed: int = 0) -> Store:
     rng = np.random.default_rng(seed)
     names = [f"class {k}" for k in range(classes)]
-    return Store([rng.integers(0, 256, (count, 3, side, side), np.uint8)], np.arange(count) % classes, names)
+    return Store(
+        [rng.integers(0, 256, (count, 3, side, side), np.uint8)], np.arange(count) % classes, names
+    )
 
 
 def mixed_store() -> Store:
     """Ten images on shelves of 12 and 20 pixels, taking turns."""
     rng = np.random.default_rng(1)
     places = np.array([(i % 2, i // 2) for i in range(10)])
-    return Store([rng.integers(0, 256, (5, 3, side, side), np.uint8) for side in (12, 20)], np.arange(10) % 2, ["a", "b"], places)
+    return Store(
+        [rng.integers(0, 256, (5, 3, side, side), np.uint8) for side in (12, 20)],
+        np.arange(10) % 2,
+        ["a", "b"],
+        places,
+    )
 
 
-def write_image(path: Path, size: tuple[int, int] = (20, 20), colour: object = (200, 30, 60), mode: str = "RGB", **options: object) -> Path:
+def write_image(
+    path: Path,
+    size: tuple[int, int] = (20, 20),
+    color: object = (200, 30, 60),
+    mode: str = "RGB",
+    **options: object,
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path, **options)
+    Image.new(mode, size, color).save(path, **options)
     return path
 
 
-def make_folder(root: Path, splits: tuple[str, ...] = ("train", "test"), classes: tuple[str, ...] = ("cat", "dog"), count: int = 10) -> Path:
-    """SPLIT/CLASS/0.png ..., every image of another grey level."""
+def make_folder(
+    root: Path,
+    splits: tuple[str, ...] = ("train", "test"),
+    classes: tuple[str, ...] = ("cat", "dog"),
+    count: int = 10,
+) -> Path:
+    """SPLIT/CLASS/0.png ..., every image of another gray level."""
     level = 0
     for split in splits:
         for name in classes:
             for i in range(count):
-                write_image(root / split / name / f"{i}.png", colour=(level,) * 3)
+                write_image(root / split / name / f"{i}.png", color=(level,) * 3)
                 level += 1
     return root
 
@@ -45,14 +63,20 @@ def load_folder(root: Path, **fields: object) -> Splits:
 
 
 def levels(store: Store) -> list[int]:
-    """The grey levels of a store of `make_folder`: which of its images they are."""
+    """The gray levels of a store of `make_folder`: which of its images they are."""
     return [int(store.gather([i])[0, 0, 0, 0]) for i in range(len(store))]
 
 
 def pack_slowly(source: str, store: str, ready: object) -> None:
     """Packs in small shards, slowly enough to be killed at any point of it; `ready` is a pipe's end."""
-    read = packing.try_read
-    files.SHARD, packing.CHUNK, packing.try_read = 8, 2, lambda file: (time.sleep(0.002), read(file))[1]
-    listings = packs.list_source(Path(source))
+    read = shard_writer.try_read
+    store_format.SHARD, shard_writer.CHUNK, shard_writer.try_read = (
+        8,
+        2,
+        lambda file: (time.sleep(0.002), read(file))[1],
+    )
+    listings = dataset_packer.list_source(Path(source))
     ready.send(True)
-    packs.pack(listings, Path(store), packing.Packing(workers=2), say=lambda text: None)
+    dataset_packer.pack(
+        listings, Path(store), shard_writer.Packing(workers=2), say=lambda text: None
+    )

@@ -35,7 +35,7 @@ class Work:
     module: str
     file: str
     name: str
-    payload: bytes          # pickled (args, warning filters): read after the module is there, whose classes it may hold
+    payload: bytes  # pickled (args, warning filters): read after the module is there, whose classes it may hold
     environment: dict[str, str]
 
     @staticmethod
@@ -43,15 +43,30 @@ class Work:
         name = getattr(function, "__qualname__", repr(function))
         module = sys.modules.get(getattr(function, "__module__", ""))
         if getattr(module, name, None) is not function or not getattr(module, "__file__", None):
-            raise ValueError(f"run needs a function at the top level of a module, which another process can find; {name} is none")
-        filters = [(action, _pattern(message), category, _pattern(where), line) for action, message, category, where, line in warnings.filters]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
-        return Work(module.__name__, os.path.abspath(module.__file__), name, pickle.dumps((args, filters)), environment)
+            raise ValueError(
+                f"run needs a function at the top level of a module, which another process can find; {name} is none"
+            )
+        filters = [
+            (action, _pattern(message), category, _pattern(where), line)
+            for action, message, category, where, line in warnings.filters
+        ]
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")
+        }
+        return Work(
+            module.__name__,
+            os.path.abspath(module.__file__),
+            name,
+            pickle.dumps((args, filters)),
+            environment,
+        )
 
     def load(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """The function and its arguments; from here on warnings are treated as they are at the caller."""
         module = sys.modules.get(self.module)
-        if getattr(module, "__file__", None) is None or not os.path.samefile(module.__file__, self.file):
+        if getattr(module, "__file__", None) is None or not os.path.samefile(
+            module.__file__, self.file
+        ):
             parent = self.module.rpartition(".")[0]
             if parent and not can_be_imported(parent):
                 sys.modules[parent] = types.ModuleType(parent)

@@ -48,8 +48,14 @@ GRACE = 3.0
 _FOLDER = "RANKS_FOLDER"
 """Environment variable of a rank: the run's own folder, where process groups meet."""
 _CONTEXT = multiprocessing.get_context("forkserver")
-_LIBRARIES = ("torch", "torch.distributed", "torch._dynamo", "numpy", "pytest")     # the first optimiser imports torch._dynamo: 2 s
-_PACKAGE = ("", ".config", ".model", ".exchange", ".distributed", ".optim", ".evaluation", ".checkpoint", ".trainer")
+_LIBRARIES = (
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "numpy",
+    "pytest",
+)  # the first optimizer imports torch._dynamo: 2 s
+_PACKAGE = ("", ".config", ".model", ".parallel", ".training", ".training.checkpoint")
 _group_numbers = itertools.count()
 _failed_at: list[float] = []
 
@@ -65,7 +71,13 @@ class RanksFailed(AssertionError):
         """Rank -> the stack where it was when its time was up."""
 
 
-def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, grace: float = GRACE) -> list[Any]:
+def run(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60.0,
+    grace: float = GRACE,
+) -> list[Any]:
     """What `function(rank, *args)` returns on each of `world_size` ranks, by rank.
 
     `function` stands at the top level of a module. Arguments and results are copied by pickle, tensors too (no memory is shared); `args`
@@ -76,18 +88,29 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     work = Work.of(function, args)
     start_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _reserved_port() as port:
-        places = [_Place(rank, world_size, folder, port, limit=timeout + grace + 30) for rank in range(world_size)]
+        places = [
+            _Place(rank, world_size, folder, port, limit=timeout + grace + 30)
+            for rank in range(world_size)
+        ]
         processes = []
         try:
             for place in places:
-                processes.append(_CONTEXT.Process(target=_rank_main, args=(place, work), name=f"rank {place.rank}"))
+                processes.append(
+                    _CONTEXT.Process(
+                        target=_rank_main, args=(place, work), name=f"rank {place.rank}"
+                    )
+                )
                 processes[-1].start()
             results, failed, running = _watch(places, processes, timeout, grace)
         finally:
             for place, process in zip(places, processes, strict=False):
                 _end(place, process)
         for place in places:
-            for line in place.output.read_text(errors="replace").splitlines() if place.output.exists() else ():
+            for line in (
+                place.output.read_text(errors="replace").splitlines()
+                if place.output.exists()
+                else ()
+            ):
                 print(f"[rank {place.rank}] {line}")
     if failed or running:
         raise RanksFailed(_report(work, world_size, failed, running, timeout), failed, running)
@@ -95,19 +118,28 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
 
 @contextlib.contextmanager
-def process_group(rank: int | None = None, world_size: int | None = None, backend: str = "gloo", timeout: float = 30.0) -> Iterator[None]:
+def process_group(
+    rank: int | None = None,
+    world_size: int | None = None,
+    backend: str = "gloo",
+    timeout: float = 30.0,
+) -> Iterator[None]:
     """Inside a rank: the default process group of all ranks, destroyed at the end of the block. The default rank and size are the environment's.
 
     The ranks meet through a file of this run alone, so that no port can be taken. Ranks enter their blocks in the same order.
     """
     meeting = Path(os.environ[_FOLDER]) / f"group{next(_group_numbers)}"
-    dist.init_process_group(backend, init_method=f"file://{meeting}", timeout=timedelta(seconds=timeout),
-                            rank=int(os.environ["RANK"]) if rank is None else rank,
-                            world_size=int(os.environ["WORLD_SIZE"]) if world_size is None else world_size)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{meeting}",
+        timeout=timedelta(seconds=timeout),
+        rank=int(os.environ["RANK"]) if rank is None else rank,
+        world_size=int(os.environ["WORLD_SIZE"]) if world_size is None else world_size,
+    )
     try:
         yield
     except BaseException:
-        _failed_at.append(time.monotonic())      # before leaving the group makes the peers fail too
+        _failed_at.append(time.monotonic())  # before leaving the group makes the peers fail too
         raise
     finally:
         dist.destroy_process_group()
@@ -123,7 +155,13 @@ def start_server() -> None:
         if path not in sys.path:
             sys.path.insert(0, path)
     if forkserver._forkserver._forkserver_pid is None:
-        _CONTEXT.set_forkserver_preload([*_LIBRARIES, __name__, *filter(can_be_imported, ("alexnet_mp" + name for name in _PACKAGE))])
+        _CONTEXT.set_forkserver_preload(
+            [
+                *_LIBRARIES,
+                __name__,
+                *filter(can_be_imported, ("alexnet_mp" + name for name in _PACKAGE)),
+            ]
+        )
     outside = dict(os.environ)
     options, sys.warnoptions = sys.warnoptions, []
     try:
@@ -166,10 +204,20 @@ class _Place:
         return self.stack.read_text(errors="replace").strip() if self.stack.exists() else ""
 
     def environment(self) -> dict[str, str]:
-        loopback = {"GLOO_SOCKET_IFNAME": "lo"} if "lo" in (name for _, name in socket.if_nameindex()) else {}
-        return loopback | {"RANK": str(self.rank), "LOCAL_RANK": str(self.rank), "WORLD_SIZE": str(self.world_size),
-                           "LOCAL_WORLD_SIZE": str(self.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port),
-                           _FOLDER: self.folder}
+        loopback = (
+            {"GLOO_SOCKET_IFNAME": "lo"}
+            if "lo" in (name for _, name in socket.if_nameindex())
+            else {}
+        )
+        return loopback | {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+            _FOLDER: self.folder,
+        }
 
 
 def _rank_main(place: _Place, work: Work) -> None:
@@ -179,30 +227,38 @@ def _rank_main(place: _Place, work: Work) -> None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout.reconfigure(line_buffering=True)
-        faulthandler.enable(stack)                                             # a crash in C says where
-        faulthandler.register(signal.SIGUSR1, stack)                           # so does a rank that is asked
-        faulthandler.dump_traceback_later(place.limit, exit=True, file=stack)  # should the caller be killed, this ends too
+        faulthandler.enable(stack)  # a crash in C says where
+        faulthandler.register(signal.SIGUSR1, stack)  # so does a rank that is asked
+        faulthandler.dump_traceback_later(
+            place.limit, exit=True, file=stack
+        )  # should the caller be killed, this ends too
         try:
             os.environ.clear()
             os.environ.update(work.environment | place.environment())
             torch.set_num_threads(1)
             function, args = work.load()
             outcome = pickle.dumps((True, function(place.rank, *args), time.monotonic()))
-        except BaseException as error:                                         # SystemExit too: an argument parser's refusal
-            lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next or error.__traceback__)
+        except BaseException as error:  # SystemExit too: an argument parser's refusal
+            lines = traceback.format_exception(
+                type(error), error, error.__traceback__.tb_next or error.__traceback__
+            )
             outcome = pickle.dumps((False, "".join(lines), min([*_failed_at, time.monotonic()])))
         unfinished = place.outcome.with_suffix(".part")
         unfinished.write_bytes(outcome)
         unfinished.rename(place.outcome)
         sys.stdout.flush()
         sys.stderr.flush()
-        os.killpg(0, signal.SIGKILL)                                           # nothing that the function started stays
+        os.killpg(0, signal.SIGKILL)  # nothing that the function started stays
 
 
-def _watch(places: list[_Place], processes: list[Any], timeout: float, grace: float) -> tuple[list[Any], dict[int, str], dict[int, str]]:
+def _watch(
+    places: list[_Place], processes: list[Any], timeout: float, grace: float
+) -> tuple[list[Any], dict[int, str], dict[int, str]]:
     """Waits for all ranks: (results by rank, failed rank -> how, still running rank -> where)."""
     results: list[Any] = [None] * len(places)
-    failures: list[tuple[bool, float, int, str]] = []     # sorted, a rank that died without a word comes first: its peers' errors follow from it
+    failures: list[
+        tuple[bool, float, int, str]
+    ] = []  # sorted, a rank that died without a word comes first: its peers' errors follow from it
     running = dict(enumerate(processes))
     deadline = time.monotonic() + timeout
     while running and (left := deadline - time.monotonic()) > 0:
@@ -211,7 +267,14 @@ def _watch(places: list[_Place], processes: list[Any], timeout: float, grace: fl
             process = running.pop(rank)
             process.join()
             if not places[rank].outcome.exists():
-                failures.append((False, time.monotonic(), rank, f"{_how_it_ended(process.exitcode)}\n{places[rank].read_stack()}".strip()))
+                failures.append(
+                    (
+                        False,
+                        time.monotonic(),
+                        rank,
+                        f"{_how_it_ended(process.exitcode)}\n{places[rank].read_stack()}".strip(),
+                    )
+                )
                 continue
             returned, value, when = pickle.loads(places[rank].outcome.read_bytes())
             if returned:
@@ -226,15 +289,21 @@ def _watch(places: list[_Place], processes: list[Any], timeout: float, grace: fl
     asked = time.monotonic()
     while any(not places[rank].read_stack() for rank in running) and time.monotonic() < asked + 1:
         time.sleep(0.02)
-    time.sleep(0.05 if running else 0)                    # the stack is not written in one piece
-    return results, {rank: text for _, _, rank, text in sorted(failures)}, {rank: places[rank].read_stack() for rank in running}
+    time.sleep(0.05 if running else 0)  # the stack is not written in one piece
+    return (
+        results,
+        {rank: text for _, _, rank, text in sorted(failures)},
+        {rank: places[rank].read_stack() for rank in running},
+    )
 
 
 def _how_it_ended(exitcode: int) -> str:
     if exitcode >= 0:
         return f"the process ended with exit code {exitcode} before the function had returned"
     name = signal.Signals(-exitcode).name
-    return f"the process was killed by {name}" + (" (out of memory, perhaps)" if name == "SIGKILL" else "")
+    return f"the process was killed by {name}" + (
+        " (out of memory, perhaps)" if name == "SIGKILL" else ""
+    )
 
 
 def _end(place: _Place, process: Any) -> None:
@@ -250,14 +319,21 @@ def _end(place: _Place, process: Any) -> None:
     process.close()
 
 
-def _report(work: Work, world_size: int, failed: dict[int, str], running: dict[int, str], timeout: float) -> str:
+def _report(
+    work: Work, world_size: int, failed: dict[int, str], running: dict[int, str], timeout: float
+) -> str:
     where = f"{work.name} ({Path(work.file).name})"
-    parts = [f"rank {rank} of {world_size} failed in {where}:\n{text}" for rank, text in failed.items()]
+    parts = [
+        f"rank {rank} of {world_size} failed in {where}:\n{text}" for rank, text in failed.items()
+    ]
     if running:
         ranks = ", ".join(map(str, running))
         when = "after another rank had failed" if failed else f"after {timeout:g} seconds"
         parts.append(f"still running {when}, and killed: rank {ranks} of {world_size} in {where}")
-        parts += [f"rank {rank} was here:\n{stack or '(it could not say)'}" for rank, stack in running.items()]
+        parts += [
+            f"rank {rank} was here:\n{stack or '(it could not say)'}"
+            for rank, stack in running.items()
+        ]
     return "\n\n".join(parts)
 
 

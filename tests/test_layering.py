@@ -1,4 +1,4 @@
-"""Imports go one way only, the model knows no process group, and files stay small enough to read."""
+"""The rooms of the package: what each may import, who may use process groups, and how long an entry script is."""
 
 import ast
 from pathlib import Path
@@ -8,32 +8,44 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "alexnet_mp"
 
-# A module may import from its own row and from rows above (DESIGN.md, decision 12); within a row there is no circle either.
-ROWS = [
-    {"seeds", "lock", "from_scratch", "native", "fusing"},
-    {"architecture"},
-    {"config"},
-    {"presets", "layers", "exchange", "optim", "schedule", "precision", "summary", "crossing", "first_layer", "tally", "data"},
-    {"model"},
-    {"networks"},
-    {"heartbeat", "rendezvous", "distributed", "evaluation", "lettering", "figures", "pictures"},
-    {"checkpoint", "requests", "cli", "agreement", "checks", "hints", "curves"},
-    {"trainer", "inference", "profiling"},
-    {"run", "console", "gallery"},
-    {"__init__"},
-]
-MAY_USE_PROCESS_GROUPS = {"exchange", "heartbeat", "rendezvous", "distributed"}
+ROOMS = {
+    "config": set(),
+    "ops": {"config"},
+    "plotting": set(),
+    "model": {"config", "ops"},
+    "data": {"config", "ops"},
+    "parallel": {"config", "ops", "model"},
+    "weights": {"config", "model"},
+    "training": {"config", "ops", "model", "data", "parallel", "weights", "plotting"},
+    "inference": {"config", "ops", "model", "data", "parallel", "weights", "plotting", "training"},
+    "cli": {
+        "config",
+        "ops",
+        "model",
+        "data",
+        "parallel",
+        "weights",
+        "plotting",
+        "training",
+        "inference",
+    },
+}
+TOP_LEVEL = {"__init__.py", "__main__.py", "py.typed", "README.md"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def modules() -> dict[str, Path]:
-    files = {path.stem: path for path in PACKAGE.glob("*.py")}
-    return files | {f"data.{path.stem}": path for path in (PACKAGE / "data").glob("*.py")}
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else ""
 
 
 def imported(path: Path) -> set[str]:
     """Every module that `path` names in an import, at whatever depth."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -42,48 +54,69 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def own_imports(path: Path) -> set[str]:
-    """Modules of this package, without the prefix; the data package counts as one."""
-    known = {name.split(".")[0] for name in modules()}
-    parts = [name.split(".") for name in imported(path) if name.startswith("alexnet_mp.")]
-    return {part[1] for part in parts} & known
+def rooms_imported(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imported(path)]
+    return {part[1] for part in parts if part[0] == "alexnet_mp" and len(part) > 1} & set(ROOMS)
 
 
-def row(name: str) -> int:
-    top = name.split(".")[0]
-    found = [i for i, names in enumerate(ROWS) if top in names]
-    assert found, f"alexnet_mp/{top}.py stands in no row: give it one"
-    return found[0]
+def test_the_package_has_ten_rooms_and_at_most_four_files() -> None:
+    here = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert {name for name in here if (PACKAGE / name).is_dir()} == set(ROOMS)
+    assert {name for name in here if (PACKAGE / name).is_file()} <= TOP_LEVEL
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_a_module_imports_only_from_its_own_row_and_above(name: str) -> None:
-    below = {other for other in own_imports(modules()[name]) if row(other) > row(name)}
-    assert not below, f"{name} imports {below}, which stand below it"
+@pytest.mark.parametrize("path", [path for path in MODULES if room_of(path)], ids=name_of)
+def test_a_module_imports_only_rooms_that_its_own_may(path: Path) -> None:
+    forbidden = rooms_imported(path) - ROOMS[room_of(path)] - {room_of(path)}
+    assert not forbidden, f"{name_of(path)} imports {forbidden}: not allowed in {room_of(path)}/"
 
 
-def test_imports_make_no_circle() -> None:
-    graph = {name: own_imports(path) - {name} for name, path in modules().items() if "." not in name and name != "__init__"}
-    graph["data"] = set().union(*(own_imports(path) for name, path in modules().items() if name.startswith("data."))) - {"data"}
-    done: set[str] = set()
-    while ready := {name for name, needs in graph.items() if name not in done and needs <= done}:
-        done |= ready
-    assert done == set(graph), f"a circle among {set(graph) - done}"
+@pytest.mark.parametrize("path", [path for path in MODULES if room_of(path)], ids=name_of)
+def test_no_module_imports_the_public_api_at_the_top(path: Path) -> None:
+    public = {f"alexnet_mp.{room}" for room in ROOMS}
+    named = {name for name in imported(path) if name.startswith("alexnet_mp.")}
+    assert "alexnet_mp" not in imported(path) or any(
+        name.startswith(tuple(public)) for name in named
+    ), f"{name_of(path)} imports alexnet_mp itself: name the room"
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_only_the_exchange_and_the_set_up_know_process_groups(name: str) -> None:
-    if name.split(".")[0] not in MAY_USE_PROCESS_GROUPS:
-        assert not any(module.startswith("torch.distributed") for module in imported(modules()[name]))
-        assert "distributed" not in {node.attr for node in ast.walk(ast.parse(modules()[name].read_text()))
-                                     if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "torch"}
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_each_room_says_what_lives_there_and_where_to_start(room: str) -> None:
+    text = ast.get_docstring(
+        ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))
+    )
+    assert text, f"{room}/__init__.py has no docstring"
+    assert "mports" in text, f"{room}/__init__.py does not say what the room imports"
 
 
-def test_nothing_in_the_package_imports_the_entry_scripts_or_the_tests() -> None:
-    for path in modules().values():
-        assert not {name.split(".")[0] for name in imported(path)} & {"launch", "benchmarks", "tests", "ranks", "reference"}
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_parallel_uses_process_groups(path: Path) -> None:
+    if room_of(path) == "parallel":
+        return
+    assert not any(module.startswith("torch.distributed") for module in imported(path))
+    attributes = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    ]
+    assert not [
+        node
+        for node in attributes
+        if node.attr == "distributed" and getattr(node.value, "id", "") == "torch"
+    ]
 
 
-@pytest.mark.parametrize("path", sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").glob("*.py")]), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_has_under_300_lines_and_an_entry_script_under_80(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < (80 if path.parent.name == "launch" else 300)
+def test_nothing_in_the_package_imports_entry_scripts_or_tests() -> None:
+    for path in MODULES:
+        assert not {name.split(".")[0] for name in imported(path)} & {
+            "launch",
+            "benchmarks",
+            "tests",
+            "ranks",
+            "reference",
+        }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.name)
+def test_an_entry_script_has_under_80_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 80

@@ -33,6 +33,7 @@ def test_results_come_back_by_rank_and_classes_of_the_test_module_travel_both_wa
 
 def module_and_file(rank: int) -> tuple[str, str, bool]:
     import ranks
+
     return __name__, __file__, Path(ranks.__file__).parent == Path(__file__).parent
 
 
@@ -41,8 +42,9 @@ def test_a_rank_imports_this_test_module_from_its_file_and_the_helpers_beside_it
 
 
 def imported_package(rank: int) -> str:
-    import alexnet_mp.config
-    return alexnet_mp.config.__file__
+    import alexnet_mp.config.configuration
+
+    return alexnet_mp.config.configuration.__file__
 
 
 def test_a_rank_imports_the_package_of_this_repository() -> None:
@@ -50,18 +52,42 @@ def test_a_rank_imports_the_package_of_this_repository() -> None:
 
 
 @pytest.mark.parametrize("options", [["--import-mode=importlib"], ["--import-mode=prepend"]])
-@pytest.mark.parametrize("launcher", [[sys.executable, "-m", "pytest"], [str(Path(sys.executable).with_name("pytest"))]])
-def test_ranks_find_the_function_however_pytest_is_started_and_whatever_is_called_tests(tmp_path: Path, launcher, options) -> None:
+@pytest.mark.parametrize(
+    "launcher", [[sys.executable, "-m", "pytest"], [str(Path(sys.executable).with_name("pytest"))]]
+)
+def test_ranks_find_the_function_however_pytest_is_started_and_whatever_is_called_tests(
+    tmp_path: Path, launcher, options
+) -> None:
     (tmp_path / "site" / "tests").mkdir(parents=True)
-    (tmp_path / "site" / "tests" / "__init__.py").write_text("# an installed package of the same name, as some distributions have\n")
+    (tmp_path / "site" / "tests" / "__init__.py").write_text(
+        "# an installed package of the same name, as some distributions have\n"
+    )
     (tmp_path / "repo" / "tests").mkdir(parents=True)
     folder = Path(__file__).parent
-    (tmp_path / "repo" / "tests" / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(folder)!r})\n")
+    (tmp_path / "repo" / "tests" / "conftest.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(folder)!r})\n"
+    )
     (tmp_path / "repo" / "tests" / "test_copy.py").write_text(
-        "from ranks import run\n\ndef twice(rank, x):\n    return 2 * x + rank\n\ndef test_twice():\n    assert run(twice, 2, 5) == [10, 11]\n")
-    command = [*launcher, "-q", "-W", "error", "-p", "no:cacheprovider", *options, "tests/test_copy.py"]
-    done = subprocess.run(command, cwd=tmp_path / "repo", env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PYTHONWARNINGS": "error"},
-                          capture_output=True, text=True, timeout=120)
+        "from ranks import run\n\ndef twice(rank, x):\n    return 2 * x + rank\n\ndef test_twice():\n    assert run(twice, 2, 5) == [10, 11]\n"
+    )
+    command = [
+        *launcher,
+        "-q",
+        "-W",
+        "error",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        "tests/test_copy.py",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path / "repo",
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PYTHONWARNINGS": "error"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -69,7 +95,7 @@ def add_up(rank: int, world_size: int) -> torch.Tensor:
     with process_group(rank, world_size):
         x = torch.tensor([rank + 1.0])
         dist.all_reduce(x)
-    with process_group():                                  # a second group in the same rank meets at another file
+    with process_group():  # a second group in the same rank meets at another file
         dist.all_reduce(x)
     return x
 
@@ -81,7 +107,7 @@ def test_a_process_group_connects_the_ranks(world_size: int) -> None:
 
 
 def meet_at_the_port(rank: int) -> float:
-    dist.init_process_group("gloo")                        # env://, as under torchrun
+    dist.init_process_group("gloo")  # env://, as under torchrun
     x = torch.tensor([float(rank)])
     dist.all_reduce(x)
     dist.destroy_process_group()
@@ -93,21 +119,40 @@ def test_the_environment_is_a_launchers_and_its_port_is_free() -> None:
 
 
 def place(rank: int) -> tuple:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SAID_BY_THE_TEST", "TORCHELASTIC_USE_AGENT_STORE")
+    names = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "SAID_BY_THE_TEST",
+        "TORCHELASTIC_USE_AGENT_STORE",
+    )
     return *(os.environ.get(name) for name in names), torch.get_num_threads(), os.getcwd()
 
 
-def test_a_rank_has_one_thread_its_place_and_the_callers_environment_and_folder(monkeypatch, tmp_path: Path) -> None:
+def test_a_rank_has_one_thread_its_place_and_the_callers_environment_and_folder(
+    monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SAID_BY_THE_TEST", "yes")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.chdir(tmp_path)
-    assert run(place, 2) == [(str(rank), str(rank), "2", "2", "127.0.0.1", "yes", None, 1, str(tmp_path)) for rank in range(2)]
+    assert run(place, 2) == [
+        (str(rank), str(rank), "2", "2", "127.0.0.1", "yes", None, 1, str(tmp_path))
+        for rank in range(2)
+    ]
 
 
 def tensors(rank: int, x: torch.Tensor) -> dict:
     own = torch.nn.Parameter(x[:, ::2] + rank)
-    return {"view": x.t()[1:], "parameter": own, "graph": own * 2, "bfloat16": own.detach().bfloat16(), "array": x.numpy() + rank,
-            "shared": x.is_shared()}
+    return {
+        "view": x.t()[1:],
+        "parameter": own,
+        "graph": own * 2,
+        "bfloat16": own.detach().bfloat16(),
+        "array": x.numpy() + rank,
+        "shared": x.is_shared(),
+    }
 
 
 def test_tensors_travel_as_copies_with_their_type_and_strides() -> None:
@@ -115,9 +160,13 @@ def test_tensors_travel_as_copies_with_their_type_and_strides() -> None:
     for rank, got in enumerate(run(tensors, 2, x)):
         own = x[:, ::2] + rank
         assert torch.equal(got["view"], x.t()[1:]) and got["view"].stride() == x.t()[1:].stride()
-        assert isinstance(got["parameter"], torch.nn.Parameter) and torch.equal(got["parameter"], own)
+        assert isinstance(got["parameter"], torch.nn.Parameter) and torch.equal(
+            got["parameter"], own
+        )
         assert torch.equal(got["graph"].detach(), own * 2)
-        assert got["bfloat16"].dtype == torch.bfloat16 and torch.equal(got["bfloat16"], own.bfloat16())
+        assert got["bfloat16"].dtype == torch.bfloat16 and torch.equal(
+            got["bfloat16"], own.bfloat16()
+        )
         assert isinstance(got["array"], np.ndarray) and (got["array"] == x.numpy() + rank).all()
         assert not got["shared"] and not got["view"].is_shared()
 
@@ -152,7 +201,12 @@ def speak(rank: int) -> None:
 
 def test_what_ranks_print_is_the_tests_output(capsys) -> None:
     run(speak, 2)
-    assert capsys.readouterr().out.splitlines() == ["[rank 0] printed", "[rank 0] written", "[rank 1] printed", "[rank 1] written"]
+    assert capsys.readouterr().out.splitlines() == [
+        "[rank 0] printed",
+        "[rank 0] written",
+        "[rank 1] printed",
+        "[rank 1] written",
+    ]
 
 
 def nothing(rank: int) -> None:

@@ -28,7 +28,11 @@ def test_an_exception_fails_the_test_with_its_traceback_and_rank() -> None:
         run(raise_on_one, 2)
     message = str(caught.value)
     assert message.startswith("rank 1 of 2 failed in raise_on_one (test_ranks_failures.py):")
-    assert "KeyError: 'the reason'" in message and "in raise_on_one" in message and 'raise KeyError("the reason")' in message
+    assert (
+        "KeyError: 'the reason'" in message
+        and "in raise_on_one" in message
+        and 'raise KeyError("the reason")' in message
+    )
     assert list(caught.value.failed) == [1] and not caught.value.running
 
 
@@ -44,7 +48,7 @@ def test_the_first_cause_comes_first_when_the_peers_fail_because_of_it() -> None
     with pytest.raises(RanksFailed) as caught:
         run(raise_before_a_collective, 2)
     assert next(iter(caught.value.failed)) == 1 and "rank 1 leaves" in str(caught.value)
-    assert time.monotonic() - start < 10                   # gloo's own limit would be 30 seconds
+    assert time.monotonic() - start < 10  # gloo's own limit would be 30 seconds
 
 
 def raise_and_leave_the_peer_asleep(rank: int) -> None:
@@ -59,7 +63,9 @@ def test_a_failure_is_not_kept_waiting_by_a_rank_that_hangs() -> None:
         run(raise_and_leave_the_peer_asleep, 2, grace=0.5)
     assert time.monotonic() - start < 10
     assert list(caught.value.failed) == [0] and list(caught.value.running) == [1]
-    assert "still running after another rank had failed, and killed: rank 1 of 2" in str(caught.value)
+    assert "still running after another rank had failed, and killed: rank 1 of 2" in str(
+        caught.value
+    )
 
 
 def sleep_on_one(rank: int, process_ids: Path) -> None:
@@ -74,8 +80,13 @@ def test_a_rank_that_hangs_is_named_with_its_line_and_killed(tmp_path: Path) -> 
     with pytest.raises(RanksFailed) as caught:
         run(sleep_on_one, 2, tmp_path, timeout=3)
     assert 3 <= time.monotonic() - start < 10
-    assert "still running after 3 seconds, and killed: rank 1 of 2 in sleep_on_one" in str(caught.value)
-    assert "test_ranks_failures.py" in caught.value.running[1] and "in sleep_on_one" in caught.value.running[1]
+    assert "still running after 3 seconds, and killed: rank 1 of 2 in sleep_on_one" in str(
+        caught.value
+    )
+    assert (
+        "test_ranks_failures.py" in caught.value.running[1]
+        and "in sleep_on_one" in caught.value.running[1]
+    )
     assert_gone([int((tmp_path / str(rank)).read_text()) for rank in range(2)])
 
 
@@ -85,9 +96,14 @@ def wait_for_a_message_that_nobody_sends(rank: int) -> None:
 
 
 def test_ranks_that_wait_for_each_other_in_gloo_are_both_named() -> None:
-    with pytest.raises(RanksFailed, match="still running after 3 seconds, and killed: rank 0, 1 of 2") as caught:
+    with pytest.raises(
+        RanksFailed, match="still running after 3 seconds, and killed: rank 0, 1 of 2"
+    ) as caught:
         run(wait_for_a_message_that_nobody_sends, 2, timeout=3)
-    assert all("in wait_for_a_message_that_nobody_sends" in stack for stack in caught.value.running.values())
+    assert all(
+        "in wait_for_a_message_that_nobody_sends" in stack
+        for stack in caught.value.running.values()
+    )
 
 
 def kill_one(rank: int, number: int) -> None:
@@ -97,7 +113,10 @@ def kill_one(rank: int, number: int) -> None:
         pass
 
 
-@pytest.mark.parametrize(("number", "sign"), [(signal.SIGKILL, "killed by SIGKILL"), (signal.SIGSEGV, "killed by SIGSEGV")])
+@pytest.mark.parametrize(
+    ("number", "sign"),
+    [(signal.SIGKILL, "killed by SIGKILL"), (signal.SIGSEGV, "killed by SIGSEGV")],
+)
 def test_a_rank_that_is_killed_is_named_with_the_signal(number: int, sign: str) -> None:
     start = time.monotonic()
     with pytest.raises(RanksFailed) as caught:
@@ -105,7 +124,7 @@ def test_a_rank_that_is_killed_is_named_with_the_signal(number: int, sign: str) 
     assert time.monotonic() - start < 10
     assert next(iter(caught.value.failed)) == 1 and sign in caught.value.failed[1]
     if number == signal.SIGSEGV:
-        assert "in kill_one" in caught.value.failed[1]     # faulthandler's stack
+        assert "in kill_one" in caught.value.failed[1]  # faulthandler's stack
 
 
 def leave(rank: int, how: str) -> None:
@@ -125,7 +144,9 @@ def unpicklable(rank: int):
     return lambda: rank
 
 
-def test_a_result_that_cannot_travel_is_an_error_and_so_is_a_function_that_cannot_be_found() -> None:
+def test_a_result_that_cannot_travel_is_an_error_and_so_is_a_function_that_cannot_be_found() -> (
+    None
+):
     with pytest.raises(RanksFailed, match="pickle"):
         run(unpicklable, 1)
     with pytest.raises(ValueError, match="top level of a module"):
@@ -167,7 +188,11 @@ def assert_gone(process_ids: list[int]) -> None:
 
 def is_alive(pid: int) -> bool:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if sys.platform == "linux" else ""
+        state = (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if sys.platform == "linux"
+            else ""
+        )
         os.kill(pid, 0)
     except (ProcessLookupError, FileNotFoundError):
         return False

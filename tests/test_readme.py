@@ -33,10 +33,12 @@ def test_the_tutorials_cells_train_evaluate_and_draw(tmp_path, monkeypatch, caps
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("samples.png", "losses.png"))
 
 
-def test_the_tutorials_initialisation_describes_eight_layers(capsys) -> None:
+def test_the_tutorials_initialization_describes_eight_layers(capsys) -> None:
     exec(cell("describe_layers"), {})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and "96 x 3 x 11 x 11" in lines[0] and "0.0147" in lines[5]       # sqrt(2 / 9216) = 0.01473
+    assert (
+        len(lines) == 8 and "96 x 3 x 11 x 11" in lines[0] and "0.0147" in lines[5]
+    )  # sqrt(2 / 9216) = 0.01473
 
 
 def test_every_cell_is_run_by_a_test_above() -> None:

@@ -1,35 +1,69 @@
-"""Images: sources fill stores, loaders take batches from them, one augmentation serves training and testing."""
+"""Images: datasets fill stores, loaders take batches from them, one augmentation serves training and testing.
+
+Imports config and ops. Start with `datasets.py`, then `store.py`, `loader.py` and `transforms.py`.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from alexnet_mp.config import Config
-from alexnet_mp.data.augment import Augment, Draw, needs_statistics
-from alexnet_mp.data.images import try_read
+from alexnet_mp.data.datasets import Splits, load
+from alexnet_mp.data.decode import try_read
 from alexnet_mp.data.loader import Batch, Loader
-from alexnet_mp.data.sources import Splits, load
 from alexnet_mp.data.statistics import Statistics
 from alexnet_mp.data.store import Store, resize
+from alexnet_mp.data.transforms import Augment, AugmentParams, needs_statistics
 
-__all__ = ["Augment", "Batch", "Draw", "Loader", "Splits", "Statistics", "Store", "build_loaders", "load", "needs_statistics", "resize", "try_read"]
+__all__ = [
+    "Augment",
+    "Batch",
+    "AugmentParams",
+    "Loader",
+    "Splits",
+    "Statistics",
+    "Store",
+    "build_loaders",
+    "load",
+    "needs_statistics",
+    "resize",
+    "try_read",
+]
 
 
-def build_loaders(config: Config, splits: Splits, *, data_rank: int = 0, data_ranks: int = 1,
-                  device: torch.device | str = "cpu") -> tuple[Loader, Loader, Loader, Augment]:
+def build_loaders(
+    config: Config,
+    splits: Splits,
+    *,
+    data_rank: int = 0,
+    data_ranks: int = 1,
+    device: torch.device | str = "cpu",
+) -> tuple[Loader, Loader, Loader, Augment]:
     """Loaders of the three splits for one data rank, and the augmentation that they share.
 
     Small sets are resized once, in memory. ValueError where the data has more classes than the network.
     """
     found, classes = len(splits.train.classes), config.model.classes
     if classes and found > classes:
-        raise ValueError(f"--classes {classes}: {found} classes found, --classes is {classes}; leave the flag out to take the data's own number")
+        raise ValueError(
+            f"--classes {classes}: {found} classes found, --classes is {classes}; leave the flag out to take the data's own number"
+        )
     size = config.model.image_size
     side = config.data.resized_side(size)
     statistics = splits.train.statistics(side) if needs_statistics(config.data) else None
     augment = Augment(config.data, size, statistics, device)
     train, val, test = (
-        Loader(store.resized(side), augment, config.recipe.batch_size, config.run.seed, training, data_rank, data_ranks, device,
-               workers=config.run.workers)
-        for store, training in ((splits.train, True), (splits.val, False), (splits.test, False)))
+        Loader(
+            store.resized(side),
+            augment,
+            config.recipe.batch_size,
+            config.run.seed,
+            training,
+            data_rank,
+            data_ranks,
+            device,
+            workers=config.run.workers,
+        )
+        for store, training in ((splits.train, True), (splits.val, False), (splits.test, False))
+    )
     return train, val, test, augment

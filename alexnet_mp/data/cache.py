@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from alexnet_mp.data.files import beside, publish
+from alexnet_mp.data.store_format import commit_folder, temporary_path
 
-Alone = Callable[[Callable[[], None]], None]
+RunOncePerHost = Callable[[Callable[[], None]], None]
 """Runs work on one rank of each host while the others wait, and raises its failure on all."""
 
 
@@ -22,8 +22,16 @@ def cache_folder() -> Path | None:
     return None
 
 
-def cached(name: str, build: Callable[[Path], None], what: str, images: int, directory: Path, alone: Alone, say: Callable[[str], None],
-           unfinished: str = "") -> Path:
+def cached(
+    name: str,
+    build: Callable[[Path], None],
+    what: str,
+    images: int,
+    directory: Path,
+    run_once_per_host: RunOncePerHost,
+    print_line: Callable[[str], None],
+    unfinished: str = "",
+) -> Path:
     """The folder `name` in the user's cache, or in `directory` where that cannot be written; `build(folder)` makes it if it is nowhere.
 
     `unfinished`: the name under which `build` finds what it had made when it was stopped; without one it starts anew.
@@ -36,24 +44,31 @@ def cached(name: str, build: Callable[[Path], None], what: str, images: int, dir
     def work() -> None:
         if find() is None:
             path = _writable(places) / name
-            say(f"{what} into {path}, once")
-            temporary, started = path.with_name(unfinished) if unfinished else beside(path), time.perf_counter()
+            print_line(f"{what} into {path}, once")
+            temporary, started = (
+                path.with_name(unfinished) if unfinished else temporary_path(path),
+                time.perf_counter(),
+            )
             try:
                 build(temporary)
-                publish(temporary, path)
+                commit_folder(temporary, path)
             except BaseException as error:
-                if isinstance(error, OSError) and find() is not None:      # another run was faster: its folder serves
+                if (
+                    isinstance(error, OSError) and find() is not None
+                ):  # another run was faster: its folder serves
                     return
                 if not unfinished:
                     shutil.rmtree(temporary, ignore_errors=True)
                 raise
             seconds = time.perf_counter() - started
-            say(f"done in {seconds:.1f} s, {images / seconds:,.0f} images/s")
+            print_line(f"done in {seconds:.1f} s, {images / seconds:,.0f} images/s")
 
-    alone(work)
+    run_once_per_host(work)
     found = find()
     if found is None:
-        raise ValueError(f"{places[0] / name}: made by another rank of this host, but not to be seen here; set XDG_CACHE_HOME to a shared folder")
+        raise ValueError(
+            f"{places[0] / name}: made by another rank of this host, but not to be seen here; set XDG_CACHE_HOME to a shared folder"
+        )
     return found
 
 
@@ -63,4 +78,6 @@ def _writable(places: list[Path]) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
                 return place
-    raise ValueError(f"none of {', '.join(map(str, places))} can be written: set XDG_CACHE_HOME or --data-dir to a folder with room for the images")
+    raise ValueError(
+        f"none of {', '.join(map(str, places))} can be written: set XDG_CACHE_HOME or --data-dir to a folder with room for the images"
+    )

@@ -20,10 +20,16 @@ def decode(content: bytes | np.ndarray) -> Tensor:
     deprecated, so nothing but speed may depend on it.
     """
     if fast():
-        return torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0, False)
+        return torch.ops.image.decode_jpeg(
+            torch.frombuffer(bytearray(content), dtype=torch.uint8), 0, False
+        )
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as opened:
-            return torch.from_numpy(np.array(opened)).reshape(opened.height, opened.width, -1).permute(2, 0, 1)
+            return (
+                torch.from_numpy(np.array(opened))
+                .reshape(opened.height, opened.width, -1)
+                .permute(2, 0, 1)
+            )
     except OSError as error:
         raise RuntimeError(str(error)) from None
 
@@ -36,5 +42,7 @@ def fast() -> bool:
 def encode(image: np.ndarray) -> bytes:
     """uint8 (3, side, side) as a JPEG of quality 95."""
     content = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(content, "JPEG", quality=QUALITY)
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(
+        content, "JPEG", quality=QUALITY
+    )
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""A store: a set of labelled uint8 RGB images, in memory or memory-mapped from a folder.
+"""A store: a set of labeled uint8 RGB images, in memory or memory-mapped from a folder.
 
 All images are square, channels first. They lie on shelves, arrays (count, 3, side, side): a packed set has one for each side
 in each shard, and several sides only where images are smaller than 256, because a store never enlarges.
@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_mp.data.files import Writer, beside, blocks, open_array, read_header
-from alexnet_mp.data.shelves import open_shelves
+from alexnet_mp.data.shard_arrays import open_shelves
 from alexnet_mp.data.statistics import Statistics, Sums, sums_of
+from alexnet_mp.data.store_format import Writer, blocks, open_array, read_header
 
 FITS = 2 * 10**9
 """Bytes of a resized copy that may be kept in memory."""
@@ -34,17 +34,22 @@ def resize(images: Tensor, side: int) -> Tensor:
     """uint8 (N, 3, s, s) -> uint8 (N, 3, side, side): bilinear, with antialias where it reduces.
 
     Every image is resized on its own, in whole numbers on the CPU: the bits do not depend on the batch. CUDA has no such
-    kernel; there it is done in float32 and rounded, which may differ by one grey level.
+    kernel; there it is done in float32 and rounded, which may differ by one gray level.
     """
     if images.shape[-1] == side:
         return images
     if not len(images):
         return images.new_empty((0, 3, side, side))
-    if images.device.type == "mps":       # has no antialias
+    if images.device.type == "mps":  # has no antialias
         return resize(images.cpu(), side).to(images.device)
     if images.device.type == "cpu":
         return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    return F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True).round_().clamp_(0, 255).to(torch.uint8)
+    return (
+        F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+        .round_()
+        .clamp_(0, 255)
+        .to(torch.uint8)
+    )
 
 
 Run = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
@@ -53,8 +58,14 @@ Run = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
 class Store:
     """Images, labels (int64) and class names; indexing is by `gather` only."""
 
-    def __init__(self, shelves: Sequence[Any], labels: np.ndarray, classes: Sequence[str],
-                 places: np.ndarray | None = None, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        shelves: Sequence[Any],
+        labels: np.ndarray,
+        classes: Sequence[str],
+        places: np.ndarray | None = None,
+        path: Path | None = None,
+    ) -> None:
         """`places` (N, 2) gives each image's shelf and row; None: one shelf, in order. `path`: the folder that it was opened from."""
         if places is None:
             places = np.stack([np.zeros(len(labels), np.int64), np.arange(len(labels))], 1)
@@ -78,27 +89,44 @@ class Store:
             return None
         found = json.loads(file.read_text(encoding="utf-8"))
         starts = np.cumsum([0, *map(len, self.shelves)])
-        return [found[number] for number in (starts[self.places[:, 0]] + self.places[:, 1]).tolist()]
+        return [
+            found[number] for number in (starts[self.places[:, 0]] + self.places[:, 1]).tolist()
+        ]
 
     def image(self, index: int, side: int | None = None) -> np.ndarray:
         """uint8 (3, side, side); None: at its own side. It may be a view of memory or a file, which must not be written to."""
         shelf, row = self.places[index]
         image = self.shelves[shelf][row]
-        return image if side in (None, image.shape[-1]) else resize(torch.from_numpy(image.copy())[None], side)[0].numpy()
+        return (
+            image
+            if side in (None, image.shape[-1])
+            else resize(torch.from_numpy(image.copy())[None], side)[0].numpy()
+        )
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> Store:
         """A view of the images at `indices`, in that order."""
         indices = np.asarray(indices, np.int64)
-        return Store(self.shelves, self.labels[indices], self.classes, self.places[indices], self.path)
+        return Store(
+            self.shelves, self.labels[indices], self.classes, self.places[indices], self.path
+        )
 
-    def gather(self, indices: np.ndarray | Sequence[int], side: int | None = None, *, pinned: bool = False, run: Run = map) -> Tensor:
+    def gather(
+        self,
+        indices: np.ndarray | Sequence[int],
+        side: int | None = None,
+        *,
+        pinned: bool = False,
+        run: Run = map,
+    ) -> Tensor:
         """uint8 (N, 3, side, side), on the CPU; None: the images' own side, ValueError where they have several.
 
         `pinned`: in memory from which CUDA copies without waiting. `run`: what calls a function of a row for each, e.g. a thread pool's map.
         """
         indices = np.asarray(indices, np.int64)
         if side is None and len(self.sides) > 1:
-            raise ValueError(f"images of the sides {' '.join(map(str, self.sides))}: gather needs to know which one to resize them to")
+            raise ValueError(
+                f"images of the sides {' '.join(map(str, self.sides))}: gather needs to know which one to resize them to"
+            )
         side = side or (self.sides or (self.shelves[0].shape[-1],))[0]
         images = torch.empty((len(indices), 3, side, side), dtype=torch.uint8, pin_memory=pinned)
         target, others = images.numpy(), {}
@@ -114,7 +142,9 @@ class Store:
             pass
         for own in {image.shape[-1] for image in others.values()}:
             rows = sorted(row for row, image in others.items() if image.shape[-1] == own)
-            images[torch.tensor(rows)] = resize(torch.from_numpy(np.stack([others[row] for row in rows])), side)
+            images[torch.tensor(rows)] = resize(
+                torch.from_numpy(np.stack([others[row] for row in rows])), side
+            )
         return images
 
     def resized(self, side: int) -> Store:
@@ -123,7 +153,7 @@ class Store:
             return self
         images = np.empty((len(self), 3, side, side), np.uint8)
         for rows in blocks(len(self)):
-            images[rows.start:rows.stop] = self.gather(rows, side).numpy()
+            images[rows.start : rows.stop] = self.gather(rows, side).numpy()
         return Store([images], self.labels, self.classes)
 
     def statistics(self, side: int) -> Statistics:
@@ -132,7 +162,9 @@ class Store:
         Computed once an instance; for a store that was opened from a folder, once for all in that folder, if it can be written.
         """
         if side not in self._statistics:
-            digest = hashlib.blake2b(np.ascontiguousarray(self.places).tobytes() + str(side).encode(), digest_size=8).hexdigest()
+            digest = hashlib.blake2b(
+                np.ascontiguousarray(self.places).tobytes() + str(side).encode(), digest_size=8
+            ).hexdigest()
             file = self.path / f"statistics-{digest}.npz" if self.path else None
             self._statistics[side] = _read_statistics(file, side) or self._measure(side)
             _write_statistics(file, self._statistics[side])
@@ -144,9 +176,16 @@ class Store:
             starts = np.cumsum([0, *map(len, self.shelves)])
             mine = np.zeros(starts[-1], bool)
             mine[starts[self.places[:, 0]] + self.places[:, 1]] = True
-            if mine.sum() == len(self) > len(mine) / 2:          # what was held out or left is less work than what is in
+            if (
+                mine.sum() == len(self) > len(mine) / 2
+            ):  # what was held out or left is less work than what is in
                 shelf = np.searchsorted(starts, others := np.flatnonzero(~mine), side="right") - 1
-                rest = Store(self.shelves, np.zeros(len(others)), self.classes, np.stack([shelf, others - starts[shelf]], 1))
+                rest = Store(
+                    self.shelves,
+                    np.zeros(len(others)),
+                    self.classes,
+                    np.stack([shelf, others - starts[shelf]], 1),
+                )
                 whole.merge(rest._sum(side), -1)
                 return whole.statistics(side)
         return self._sum(side).statistics(side)
@@ -154,11 +193,19 @@ class Store:
     def _sum(self, side: int) -> Sums:
         """Of the images, those above `side` reduced to it."""
         sums = Sums()
-        own_sides = np.array([shelf.shape[-1] for shelf in self.shelves])[self.places[:, 0]] if len(self) else np.empty(0)
+        own_sides = (
+            np.array([shelf.shape[-1] for shelf in self.shelves])[self.places[:, 0]]
+            if len(self)
+            else np.empty(0)
+        )
         for own in self.sides:
             mine = np.flatnonzero(own_sides == own)
             for rows in blocks(len(mine)):
-                images = map(self.image, mine[rows.start:rows.stop]) if own <= side else self.gather(mine[rows.start:rows.stop], side).numpy()
+                images = (
+                    map(self.image, mine[rows.start : rows.stop])
+                    if own <= side
+                    else self.gather(mine[rows.start : rows.stop], side).numpy()
+                )
                 sums.merge(sums_of(images))
         return sums
 
@@ -166,7 +213,9 @@ class Store:
         """Those that were taken of all images in the store's folder when it was packed."""
         if self.path is None:
             return None
-        with contextlib.suppress(OSError, KeyError, ValueError):       # missing or damaged: measuring mends it
+        with contextlib.suppress(
+            OSError, KeyError, ValueError
+        ):  # missing or damaged: measuring mends it
             content = (self.path / "sums.npz").read_bytes()
             if zlib.crc32(content) == read_header(self.path)["checksums"]["sums.npz"]:
                 sums = Sums.read(io.BytesIO(content))
@@ -189,8 +238,10 @@ class Store:
         header = read_header(path)
         shelves = open_shelves(path, header, verify)
         total = sum(map(len, shelves))
-        labels, places = (np.array(open_array(path, name, np.int64, shape, header["checksums"].get(name)))
-                          for name, shape in (("labels.npy", (total,)), ("places.npy", (total, 2))))
+        labels, places = (
+            np.array(open_array(path, name, np.int64, shape, header["checksums"].get(name)))
+            for name, shape in (("labels.npy", (total,)), ("places.npy", (total, 2)))
+        )
         return Store(shelves, labels, header["classes"], places, path)
 
 
@@ -199,16 +250,22 @@ def _read_statistics(file: Path | None, side: int) -> Statistics | None:
         return None
     try:
         with np.load(file, allow_pickle=False) as values:
-            statistics = Statistics(torch.from_numpy(values["mean_image"]), torch.from_numpy(values["covariance"]))
+            statistics = Statistics(
+                torch.from_numpy(values["mean_image"]), torch.from_numpy(values["covariance"])
+            )
         return statistics if statistics.mean_image.shape == (3, side, side) else None
-    except Exception:        # numpy raises many kinds for a damaged file; measuring again mends it
+    except Exception:  # numpy raises many kinds for a damaged file; measuring again mends it
         return None
 
 
 def _write_statistics(file: Path | None, statistics: Statistics) -> None:
     if file is None or file.exists():
         return
-    temporary = beside(file).with_suffix(".npz")
-    with contextlib.suppress(OSError):       # a read-only store: measured again at the next start
-        np.savez(temporary, mean_image=statistics.mean_image.numpy(), covariance=statistics.covariance.numpy())
+    temporary = temporary_path(file).with_suffix(".npz")
+    with contextlib.suppress(OSError):  # a read-only store: measured again at the next start
+        np.savez(
+            temporary,
+            mean_image=statistics.mean_image.numpy(),
+            covariance=statistics.covariance.numpy(),
+        )
         os.replace(temporary, file)

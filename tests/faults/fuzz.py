@@ -35,18 +35,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from alexnet_mp import AlexNet, Trainer, checkpoint, preset
-from alexnet_mp.cli import stored_config
+from alexnet_mp import AlexNet, Trainer, preset
+from alexnet_mp.cli.parser import stored_config
 from alexnet_mp.data import Store, try_read
-from alexnet_mp.data.folder import list_split
-from alexnet_mp.data.packing import Packing, pack_split
-from alexnet_mp.distributed import Placement
-from alexnet_mp.optim import build_optimizer
-from alexnet_mp.rendezvous import Environment
-from alexnet_mp.run import restore
+from alexnet_mp.data.image_folder import list_split
+from alexnet_mp.data.shard_writer import Packing, pack_split
+from alexnet_mp.parallel.context import ParallelContext
+from alexnet_mp.parallel.rendezvous import Environment
+from alexnet_mp.training import checkpoint
+from alexnet_mp.training.run import restore
+from alexnet_mp.training.sgd2012 import build_optimizer
 
-SECONDS = 10         # a file that takes longer counts as a hang
-MEGABYTES = 200      # by which the process may grow over all files
+SECONDS = 10  # a file that takes longer counts as a hang
+MEGABYTES = 200  # by which the process may grow over all files
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Reader:
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
     errors: tuple[type[Exception], ...]
-    alter: Callable[[Path, random.Random], None] | None = None       # changes values inside the content
+    alter: Callable[[Path, random.Random], None] | None = None  # changes values inside the content
 
 
 CONFIG = preset("demo").with_fields(kernels=(4, 4, 4, 4, 4), hidden=(6, 5), classes=3)
@@ -65,14 +66,28 @@ CONFIG = preset("demo").with_fields(kernels=(4, 4, 4, 4, 4), hidden=(6, 5), clas
 
 def trainer() -> Trainer:
     model = AlexNet(CONFIG.model)
-    return Trainer(model, nn.CrossEntropyLoss(), build_optimizer(model, CONFIG.recipe), "cpu", verbose=False)
+    return Trainer(
+        model, nn.CrossEntropyLoss(), build_optimizer(model, CONFIG.recipe), "cpu", verbose=False
+    )
 
 
 def make_checkpoint(path: Path) -> None:
     one = trainer()
-    one.train([(torch.randn(2, 3, 67, 67), torch.tensor([0, 2]))], [(torch.randn(2, 3, 67, 67), torch.tensor([0, 2]))], 2)
+    one.train(
+        [(torch.randn(2, 3, 67, 67), torch.tensor([0, 2]))],
+        [(torch.randn(2, 3, 67, 67), torch.tensor([0, 2]))],
+        2,
+    )
     data = {"classes": ["a", "b", "c"], "images": [2, 2, 2], "statistics": None}
-    checkpoint.save(path, Placement(Environment(), torch.device("cpu"), (0, 1)), one.model, one.optimizer, CONFIG, one.state_dict(), data)
+    checkpoint.save(
+        path,
+        ParallelContext(Environment(), torch.device("cpu"), (0, 1)),
+        one.model,
+        one.optimizer,
+        CONFIG,
+        one.state_dict(),
+        data,
+    )
 
 
 TRAINER: list[Trainer] = []
@@ -87,7 +102,22 @@ def read_checkpoint(path: Path) -> None:
     restore(content, TRAINER[0].model, TRAINER[0], path)
 
 
-RUBBISH = (None, -1, 2**70, float("nan"), "", "x" * 1000, [], {}, [[]], True, b"\xff", (1, 2), torch.zeros(0), torch.zeros(3, 3, dtype=torch.int8))
+RUBBISH = (
+    None,
+    -1,
+    2**70,
+    float("nan"),
+    "",
+    "x" * 1000,
+    [],
+    {},
+    [[]],
+    True,
+    b"\xff",
+    (1, 2),
+    torch.zeros(0),
+    torch.zeros(3, 3, dtype=torch.int8),
+)
 
 
 def alter_checkpoint(path: Path, draw: random.Random) -> None:
@@ -112,6 +142,7 @@ def alter_checkpoint(path: Path, draw: random.Random) -> None:
 
 def store_reader(name: str, encode: str) -> Reader:
     """One file of a store, and all that training reads of a store that holds it."""
+
     def folder(path: Path) -> Path:
         return path.with_name(f"store-{encode}")
 
@@ -122,8 +153,15 @@ def store_reader(name: str, encode: str) -> Reader:
             for label, count in (("a", 3), ("b", 2)):
                 (images / "train" / label).mkdir(parents=True, exist_ok=True)
                 for i in range(count):
-                    Image.fromarray(noise.integers(0, 256, (20 + i, 24, 3), np.uint8)).save(images / "train" / label / f"{i}.png")
-            pack_split(list_split(images / "train"), folder(path), Packing(encode, workers=1), with_sums=True)
+                    Image.fromarray(noise.integers(0, 256, (20 + i, 24, 3), np.uint8)).save(
+                        images / "train" / label / f"{i}.png"
+                    )
+            pack_split(
+                list_split(images / "train"),
+                folder(path),
+                Packing(encode, workers=1),
+                with_sums=True,
+            )
         shutil.copyfile(folder(path) / name, path)
 
     def read(path: Path) -> None:
@@ -134,7 +172,9 @@ def store_reader(name: str, encode: str) -> Reader:
             store.gather(range(len(store)), 20)
             store.statistics(24)
         except ValueError as error:
-            raise ValueError(str(error).replace(str(folder(path)), str(path))) from None       # the store's files are path's
+            raise ValueError(
+                str(error).replace(str(folder(path)), str(path))
+            ) from None  # the store's files are path's
         finally:
             (folder(path) / name).write_bytes(good)
             for kept in folder(path).glob("statistics-*"):
@@ -145,29 +185,53 @@ def store_reader(name: str, encode: str) -> Reader:
 
 def image_reader(kind: str, **options: Any) -> Reader:
     """An image file, as packing and prediction read it: an array, or a text that says what is wrong."""
+
     def make(path: Path) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
         Image.fromarray(noise).resize((320, 280)).save(path, kind, **options)
 
     def read(path: Path) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")          # Pillow's, of odd metadata
+            warnings.simplefilter("ignore")  # Pillow's, of odd metadata
             image = try_read(path)
         if isinstance(image, str):
             raise ValueError(f"{path}: {image}")
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.shape[1] != image.shape[2] or image.shape[1] > 256:
+        if (
+            image.dtype != np.uint8
+            or image.ndim != 3
+            or image.shape[0] != 3
+            or image.shape[1] != image.shape[2]
+            or image.shape[1] > 256
+        ):
             raise AssertionError(f"an image of {image.dtype} {image.shape}")
 
     return Reader(kind, make, read, (ValueError,))
 
 
-READERS = {reader.name: reader for reader in (
-    Reader("checkpoint", make_checkpoint, read_checkpoint, (ValueError, FileNotFoundError), alter_checkpoint),
-    *(store_reader(name, "raw") for name in ("header.json", "labels.npy", "places.npy", "images-00000.npy", "sums.npz")),
-    *(store_reader(name, "jpeg") for name in ("ends.npy", "images-00000.npy")),
-    image_reader("JPEG"), image_reader("PNG"), image_reader("GIF"), image_reader("TIFF", compression="tiff_lzw"), image_reader("WEBP"),
-    image_reader("BMP"), image_reader("PPM"),
-)}
+READERS = {
+    reader.name: reader
+    for reader in (
+        Reader(
+            "checkpoint",
+            make_checkpoint,
+            read_checkpoint,
+            (ValueError, FileNotFoundError),
+            alter_checkpoint,
+        ),
+        *(
+            store_reader(name, "raw")
+            for name in ("header.json", "labels.npy", "places.npy", "images-00000.npy", "sums.npz")
+        ),
+        *(store_reader(name, "jpeg") for name in ("ends.npy", "images-00000.npy")),
+        image_reader("JPEG"),
+        image_reader("PNG"),
+        image_reader("GIF"),
+        image_reader("TIFF", compression="tiff_lzw"),
+        image_reader("WEBP"),
+        image_reader("BMP"),
+        image_reader("PPM"),
+    )
+}
 
 
 def mutate(content: bytes, draw: random.Random) -> bytes:
@@ -176,18 +240,24 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.choice((1, 1, 2, 4, 8))):
         if not data:
             break
-        at = draw.choice((draw.randrange(len(data)), draw.randrange(min(len(data), 600)), len(data) - 1 - draw.randrange(min(len(data), 600))))
+        at = draw.choice(
+            (
+                draw.randrange(len(data)),
+                draw.randrange(min(len(data), 600)),
+                len(data) - 1 - draw.randrange(min(len(data), 600)),
+            )
+        )
         size, change = draw.choice((1, 1, 2, 4, 16, 300)), draw.randrange(6)
         if change == 0:
             data[at] ^= 1 << draw.randrange(8)
         elif change == 1:
-            data[at:at + size] = draw.randbytes(size)
+            data[at : at + size] = draw.randbytes(size)
         elif change == 2:
-            del data[at:at + size]
+            del data[at : at + size]
         elif change == 3:
-            data[at:at] = data[at:at + size]
+            data[at:at] = data[at : at + size]
         elif change == 4:
-            data[at:at + size] = draw.choice((b"\x00", b"\xff")) * size
+            data[at : at + size] = draw.choice((b"\x00", b"\xff")) * size
         else:
             del data[at:]
     return bytes(data)
@@ -196,9 +266,16 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
 def reseal(content: bytes, draw: random.Random) -> bytes:
     """A zip with one member mutated, and its checksum made right: what a checksum cannot find."""
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as target:
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as source,
+        zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as target,
+    ):
         members = source.namelist()
-        chosen = draw.choice(members if draw.random() < 0.3 else [name for name in members if name.endswith("data.pkl")] or members)
+        chosen = draw.choice(
+            members
+            if draw.random() < 0.3
+            else [name for name in members if name.endswith("data.pkl")] or members
+        )
         for name in members:
             data = source.read(name)
             target.writestr(name, mutate(data, draw) if name == chosen else data)
@@ -218,7 +295,9 @@ def limit(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def fuzz(reader: Reader, files: int, seed: int, folder: Path) -> tuple[Counter[str], list[str], float]:
+def fuzz(
+    reader: Reader, files: int, seed: int, folder: Path
+) -> tuple[Counter[str], list[str], float]:
     """(what became of the files, what should not have, megabytes by which the process grew)."""
     name = reader.name.replace(" ", "-")
     draw, good, path = random.Random(seed), folder / f"good-{name}", folder / f"mutated-{name}"
@@ -232,7 +311,11 @@ def fuzz(reader: Reader, files: int, seed: int, folder: Path) -> tuple[Counter[s
             path.write_bytes(content)
             reader.alter(path, draw)
         else:
-            path.write_bytes(reseal(content, draw) if kind == "resealed" and zipfile.is_zipfile(good) else mutate(content, draw))
+            path.write_bytes(
+                reseal(content, draw)
+                if kind == "resealed" and zipfile.is_zipfile(good)
+                else mutate(content, draw)
+            )
         try:
             with limit(SECONDS):
                 reader.read(path)
@@ -259,8 +342,11 @@ def main() -> int:
         for name in asked.reader:
             started = time.monotonic()
             outcomes, wrong, megabytes = fuzz(READERS[name], asked.files, asked.seed, Path(folder))
-            print(f"{name}: {asked.files} files in {time.monotonic() - started:.0f} s; " + ", ".join(f"{k} {v}" for k, v in sorted(outcomes.items()))
-                  + f"; grew by {megabytes:.0f} MB")
+            print(
+                f"{name}: {asked.files} files in {time.monotonic() - started:.0f} s; "
+                + ", ".join(f"{k} {v}" for k, v in sorted(outcomes.items()))
+                + f"; grew by {megabytes:.0f} MB"
+            )
             print("\n".join(wrong[:20]))
             failures += len(wrong) + (megabytes > MEGABYTES)
     return int(failures > 0)

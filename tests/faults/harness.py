@@ -28,8 +28,10 @@ sys.path[:0] = [str(path) for path in (ROOT, FAULTS.parent, FAULTS) if str(path)
 
 import ranks  # noqa: E402  (found by the line above)
 
-TINY = ("--kernels 4 4 4 4 4 --hidden 6 5 --batch-size 8 --limit-train 24 --limit-val 16 --limit-test 16 --epochs 2 --threads 1 "
-        "--lr 0.01").split()      # three steps, two batches of validation, an epoch
+TINY = (
+    "--kernels 4 4 4 4 4 --hidden 6 5 --batch-size 8 --limit-train 24 --limit-val 16 --limit-test 16 --epochs 2 --threads 1 "
+    "--lr 0.01"
+).split()  # three steps, two batches of validation, an epoch
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,23 @@ class Scenario:
     """A job, the fault that strikes one of its ranks, and what must come of it."""
 
     name: str
-    fault: str = ""                          # KIND@POINT: see inject.py
-    rank: int | None = 1                     # whom it strikes; None: every rank
-    codes: tuple[int, ...] = (1, -9)         # exit code of each rank; None: still stopped when the others had ended
-    words: str = ""                          # a part of the last line that says "error:", or of the output
-    once: bool = True                        # whether there is exactly one such line
-    within: float = 10.0                     # seconds from the fault to the end of the last rank
+    fault: str = ""  # KIND@POINT: see inject.py
+    rank: int | None = 1  # whom it strikes; None: every rank
+    codes: tuple[int, ...] = (
+        1,
+        -9,
+    )  # exit code of each rank; None: still stopped when the others had ended
+    words: str = ""  # a part of the last line that says "error:", or of the output
+    once: bool = True  # whether there is exactly one such line
+    within: float = 10.0  # seconds from the fault to the end of the last rank
     flags: tuple[str, ...] = ()
-    rank_flags: dict[int, tuple[str, ...]] = field(default_factory=dict)      # more flags of one rank
-    differs: str = ""                        # how `rank` differs: see inject.differ
+    rank_flags: dict[int, tuple[str, ...]] = field(default_factory=dict)  # more flags of one rank
+    differs: str = ""  # how `rank` differs: see inject.differ
     world: int = 2
-    keeps_store: bool = True                 # whether the launcher keeps the store, as torchrun does; else rank 0
-    last: int | None = None                  # the step of the last.pt that must be there and whole; None: not looked at
+    keeps_store: bool = True  # whether the launcher keeps the store, as torchrun does; else rank 0
+    last: int | None = (
+        None  # the step of the last.pt that must be there and whole; None: not looked at
+    )
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -58,8 +65,8 @@ class Outcome:
 
     codes: tuple[int | None, ...]
     screen: str
-    seconds: float                           # from the fault (without one: from the start) to the end of the last rank that was not stopped
-    left: list[int]                          # processes of the job that were there afterwards
+    seconds: float  # from the fault (without one: from the start) to the end of the last rank that was not stopped
+    left: list[int]  # processes of the job that were there afterwards
 
     @property
     def errors(self) -> list[str]:
@@ -77,18 +84,38 @@ def run(scenario: Scenario, out: Path, timeout: float = 60.0) -> Outcome:
     screen.write_bytes(b"")
     note.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)) if scenario.keeps_store else None
+        store = (
+            dist.TCPStore(
+                "127.0.0.1",
+                0,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=30),
+            )
+            if scenario.keeps_store
+            else None
+        )
         port = store.port if store else stack.enter_context(ranks._reserved_port())
         context = multiprocessing.get_context("forkserver")
         started = time.monotonic()
-        processes = [context.Process(target=_rank, args=(scenario, rank, str(out), port, str(screen), str(note))) for rank in range(scenario.world)]
+        processes = [
+            context.Process(
+                target=_rank, args=(scenario, rank, str(out), port, str(screen), str(note))
+            )
+            for rank in range(scenario.world)
+        ]
         try:
             for process in processes:
                 process.start()
             ended = _wait(processes, started + timeout)
             struck = float(note.read_text()) if note.exists() and note.read_text() else started
             codes = tuple(process.exitcode for process in processes)
-            left = [pid for process in processes for pid in session(process.pid) if process.exitcode is not None]
+            left = [
+                pid
+                for process in processes
+                for pid in session(process.pid)
+                if process.exitcode is not None
+            ]
         finally:
             for process in processes:
                 if process.pid:
@@ -109,7 +136,11 @@ def _wait(processes: list[Any], deadline: float) -> float:
             process.join()
             running.remove(process)
             ended = time.monotonic()
-        if running and len(running) < len(processes) and all(stopped(process.pid) for process in running):
+        if (
+            running
+            and len(running) < len(processes)
+            and all(stopped(process.pid) for process in running)
+        ):
             break
     return ended
 
@@ -126,7 +157,9 @@ def session(leader: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, IndexError):
-                state, _, _, its_session = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
+                state, _, _, its_session = (
+                    (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
+                )
                 if int(its_session) == leader and state not in "ZX":
                     found.append(int(entry.name))
     return found
@@ -138,8 +171,18 @@ def _rank(scenario: Scenario, rank: int, out: str, port: int, screen: str, note:
     descriptor = os.open(screen, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(scenario.world), "LOCAL_WORLD_SIZE": str(scenario.world),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"} | scenario.environment)
+    os.environ.update(
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(scenario.world),
+            "LOCAL_WORLD_SIZE": str(scenario.world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        | scenario.environment
+    )
     if scenario.keeps_store:
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if scenario.world == 1:
@@ -155,5 +198,14 @@ def _rank(scenario: Scenario, rank: int, out: str, port: int, screen: str, note:
         inject.differ(scenario.differs)
     if f"RANK{rank}_WORLD_SIZE" in scenario.environment:
         os.environ["WORLD_SIZE"] = scenario.environment[f"RANK{rank}_WORLD_SIZE"]
-    sys.argv = ["launch/train.py", *TINY, "--timeout", "6", "--out", out, *scenario.flags, *scenario.rank_flags.get(rank, ())]
+    sys.argv = [
+        "launch/train.py",
+        *TINY,
+        "--timeout",
+        "6",
+        "--out",
+        out,
+        *scenario.flags,
+        *scenario.rank_flags.get(rank, ()),
+    ]
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")

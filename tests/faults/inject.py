@@ -18,35 +18,38 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import alexnet_mp.checkpoint
-import alexnet_mp.checks
-import alexnet_mp.distributed
-import alexnet_mp.exchange
-import alexnet_mp.figures
-import alexnet_mp.rendezvous
-import alexnet_mp.run
-import alexnet_mp.trainer
+import alexnet_mp.parallel.context
+import alexnet_mp.parallel.exchange
+import alexnet_mp.parallel.rendezvous
+import alexnet_mp.plotting.curves
+import alexnet_mp.training.checkpoint
+import alexnet_mp.training.input_checks
+import alexnet_mp.training.run
+import alexnet_mp.training.trainer
 
-POINTS = {                                       # name -> (where the attribute is, its name): what is about to begin
-    "arrive": (alexnet_mp.distributed, "rendezvous"),
-    "handshake": (alexnet_mp.distributed, "agree"),
+POINTS = {  # name -> (where the attribute is, its name): what is about to begin
+    "arrive": (alexnet_mp.parallel.context, "rendezvous"),
+    "handshake": (alexnet_mp.parallel.context, "agree"),
     "groups": (dist, "init_process_group"),
-    "data": (alexnet_mp.run, "load"),
-    "packing": (alexnet_mp.run, "load"),         # within it, on the one rank that works while the others wait
-    "batch": (alexnet_mp.trainer, "check_first"),
-    "step": (alexnet_mp.trainer.Trainer, "_gradients"),
-    "flags": (alexnet_mp.trainer.Agreement, "start"),
-    "exchange": (alexnet_mp.exchange.GroupLink, "swap"),
-    "update": (alexnet_mp.trainer.Trainer, "_update"),
-    "validation": (alexnet_mp.trainer, "evaluate"),
-    "save": (alexnet_mp.checkpoint, "save"),
+    "data": (alexnet_mp.training.run, "load"),
+    "packing": (
+        alexnet_mp.training.run,
+        "load",
+    ),  # within it, on the one rank that works while the others wait
+    "batch": (alexnet_mp.training.trainer, "check_first"),
+    "step": (alexnet_mp.training.trainer.Trainer, "_gradients"),
+    "flags": (alexnet_mp.training.trainer.StepSync, "start"),
+    "exchange": (alexnet_mp.parallel.exchange.GroupLink, "start_exchange"),
+    "update": (alexnet_mp.training.trainer.Trainer, "_update"),
+    "validation": (alexnet_mp.training.trainer, "evaluate"),
+    "save": (alexnet_mp.training.checkpoint, "save"),
     "write": (torch, "save"),
     "rename": (os, "replace"),
-    "link": (alexnet_mp.checkpoint, "link_atomically"),
-    "history": (alexnet_mp.run.Run, "_write_history"),
-    "test": (alexnet_mp.run.Run, "_finish"),
-    "plot": (alexnet_mp.figures, "draw_curves"),
-    "close": (alexnet_mp.distributed.Placement, "close"),
+    "link": (alexnet_mp.training.checkpoint, "link_atomically"),
+    "history": (alexnet_mp.training.run.Run, "_write_history"),
+    "test": (alexnet_mp.training.run.Run, "_finish"),
+    "plot": (alexnet_mp.plotting.curves, "draw_curves"),
+    "close": (alexnet_mp.parallel.context.ParallelContext, "close"),
 }
 
 
@@ -64,7 +67,7 @@ def install(fault: str, note: Path) -> None:
             return original(*args, **options)
         if point == "packing":
             return _while_packing(kind, note, original, args, options)
-        if point == "write" and kind in ("kill", "stop", "full"):     # half a file is there already
+        if point == "write" and kind in ("kill", "stop", "full"):  # half a file is there already
             args[1].write(b"half a checkpoint")
         note.write_text(str(time.monotonic()))
         args = strike(kind, args)
@@ -82,6 +85,7 @@ def _while_packing(kind: str, note: Path, load: Any, args: tuple, options: dict)
             note.write_text(str(time.monotonic()))
             strike(kind, ())
             work()
+
         return alone(slow_work)
 
     struck(lambda: None)
@@ -121,14 +125,14 @@ def strike(kind: str, args: tuple) -> tuple:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(value), resource.RLIM_INFINITY))
     elif kind == "vanish":
         shutil.rmtree(value)
-    elif kind == "reverse":                      # this rank's first batch is in another order
+    elif kind == "reverse":  # this rank's first batch is in another order
         batch, *rest = args
         return (batch._replace(labels=batch.labels.flip(0)), *rest)
-    elif kind == "nan":                          # the gradients of this rank are not numbers
+    elif kind == "nan":  # the gradients of this rank are not numbers
         for parameter in args[0].model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(float("nan"))
-    elif kind == "garble":                       # what this rank sends to its peers is not finite
+    elif kind == "garble":  # what this rank sends to its peers is not finite
         link, layer, x, *rest = args
         return (link, layer, [y * float("inf") for y in x], *rest)
     else:
@@ -139,22 +143,22 @@ def strike(kind: str, args: tuple) -> tuple:
 def differ(how: str) -> None:
     """Makes this rank one that does not fit the others."""
     if how == "code":
-        alexnet_mp.rendezvous.code_version = lambda: "0123456789ab"
+        alexnet_mp.parallel.rendezvous.code_version = lambda: "0123456789ab"
     elif how == "torch":
         torch.__version__ = "1.0"
     elif how == "data":
-        load = alexnet_mp.run.load
+        load = alexnet_mp.training.run.load
 
         def other(*args: Any, **options: Any) -> Any:
             splits = load(*args, **options)
             splits.train.labels[:] = splits.train.labels[::-1].copy()
             return splits
 
-        alexnet_mp.run.load = other
-    elif how == "message":                       # a rank that says something that is none of ours
-        identity = alexnet_mp.rendezvous.json.dumps
-        alexnet_mp.rendezvous.json = type(sys)("garbled")
-        alexnet_mp.rendezvous.json.dumps = lambda value: identity(value)[:-9] + "\xff\x00"
-        alexnet_mp.rendezvous.json.loads = __import__("json").loads
+        alexnet_mp.training.run.load = other
+    elif how == "message":  # a rank that says something that is none of ours
+        identity = alexnet_mp.parallel.rendezvous.json.dumps
+        alexnet_mp.parallel.rendezvous.json = type(sys)("garbled")
+        alexnet_mp.parallel.rendezvous.json.dumps = lambda value: identity(value)[:-9] + "\xff\x00"
+        alexnet_mp.parallel.rendezvous.json.loads = __import__("json").loads
     else:
         raise KeyError(how)

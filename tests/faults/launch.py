@@ -14,7 +14,11 @@ FAULTS = Path(__file__).resolve().parent
 if __name__ == "__main__":
     fault, rank, note, *flags = sys.argv[1:]
     sys.path[:0] = [str(FAULTS), str(FAULTS.parents[1])]
-    if fault != "none" and rank in ("all", os.environ.get("RANK", "0")) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if (
+        fault != "none"
+        and rank in ("all", os.environ.get("RANK", "0"))
+        and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    ):
         import inject
 
         inject.install(fault, Path(note))

@@ -31,38 +31,91 @@ import harness
 import torch
 from harness import FAULTS, ROOT, TINY, Scenario
 
-from alexnet_mp import checkpoint
+from alexnet_mp.training import checkpoint
 
-FLAGS = ("--epochs", "8", "--save-every", "2", "--keep", "2", "--limit-train", "40")     # 40 steps
-POINTS = ("step", "flags", "exchange", "update", "validation", "save", "write", "rename", "link", "history", "test", "plot", "handshake", "data")
+FLAGS = (
+    "--epochs",
+    "8",
+    "--save-every",
+    "2",
+    "--keep-checkpoints",
+    "2",
+    "--limit-train",
+    "40",
+)  # 40 steps
+POINTS = (
+    "step",
+    "flags",
+    "exchange",
+    "update",
+    "validation",
+    "save",
+    "write",
+    "rename",
+    "link",
+    "history",
+    "test",
+    "plot",
+    "handshake",
+    "data",
+)
 
 
 def contents(out: Path) -> dict[str, object]:
     """What a finished job leaves, without what the clock says."""
-    files = {name: checkpoint.read(out / name) for name in ("last.pt", "best.pt", *(path.name for path in checkpoint.epoch_files(out)))}
+    files = {
+        name: checkpoint.read(out / name)
+        for name in ("last.pt", "best.pt", *(path.name for path in checkpoint.epoch_files(out)))
+    }
     found: dict[str, object] = {}
     for name, content in files.items():
-        found |= {f"{name} {part} {key}": value for part in ("model", "velocity") for key, value in content[part].items()}
+        found |= {
+            f"{name} {part} {key}": value
+            for part in ("model", "velocity")
+            for key, value in content[part].items()
+        }
         found[f"{name} step"] = content["loop"]["step"]
-    found["history"] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in (out / "history.jsonl").read_text().splitlines()]
+    found["history"] = [
+        {k: v for k, v in json.loads(line).items() if "second" not in k}
+        for line in (out / "history.jsonl").read_text().splitlines()
+    ]
     # "exchange" is what the last process metered, which may have had no step left to train
-    found["result"] = {k: v for k, v in json.loads((out / "result.json").read_text()).items() if "second" not in k and k != "exchange"}
+    found["result"] = {
+        k: v
+        for k, v in json.loads((out / "result.json").read_text()).items()
+        if "second" not in k and k != "exchange"
+    }
     return found
 
 
 def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
     """Names of what is not the same, bit for bit."""
-    return sorted({*one, *other} - {name for name in {*one} & {*other} if
-                                    (torch.equal(one[name], other[name]) if isinstance(one[name], torch.Tensor) else one[name] == other[name])})
+    return sorted(
+        {*one, *other}
+        - {
+            name
+            for name in {*one} & {*other}
+            if (
+                torch.equal(one[name], other[name])
+                if isinstance(one[name], torch.Tensor)
+                else one[name] == other[name]
+            )
+        }
+    )
 
 
 def attempt(out: Path, ranks: int, draw: random.Random) -> tuple[str, harness.Outcome]:
     """One start of the job, with something that ends it; what that was."""
     flags = FLAGS + (("--resume",) if (out / "last.pt").exists() else ())
-    kind, victim = draw.choice(("kill", "kill", "kill", "stop", "term", "exit")), draw.choice([*range(ranks), None])
+    kind, victim = (
+        draw.choice(("kill", "kill", "kill", "stop", "term", "exit")),
+        draw.choice([*range(ranks), None]),
+    )
     scenario = Scenario("soak", rank=victim, codes=(), flags=flags, world=ranks)
     if draw.random() < 0.5:
-        scenario = dataclasses.replace(scenario, fault=f"{kind}@{draw.choice(POINTS)}:{draw.randint(1, 12)}")
+        scenario = dataclasses.replace(
+            scenario, fault=f"{kind}@{draw.choice(POINTS)}:{draw.randint(1, 12)}"
+        )
         return scenario.fault + f" rank {victim}", harness.run(scenario, out)
     seconds = draw.uniform(0.3, 4.0)
     timer = threading.Timer(seconds, strike, (out, kind, victim))
@@ -81,7 +134,7 @@ def strike(out: Path, kind: str, victim: int | None) -> None:
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and os.readlink(entry / "fd" / "1") == screen:
                 pids.append(int(entry.name))
-    for rank, pid in enumerate(sorted(pids)):                # forked in their order
+    for rank, pid in enumerate(sorted(pids)):  # forked in their order
         if victim in (None, rank):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -100,9 +153,15 @@ def soak(kills: int, ranks: int, seed: int, folder: Path) -> tuple[int, int, int
         ended = all(code == 0 for code in outcome.codes)
         struck += not ended
         if (not ended and "Traceback" in outcome.screen) or outcome.left:
-            print(f"after {what}: {outcome.codes}, left {outcome.left}\n{outcome.screen}", flush=True)
+            print(
+                f"after {what}: {outcome.codes}, left {outcome.left}\n{outcome.screen}", flush=True
+            )
             lost += 1
-        if not ended and any(code == 2 for code in outcome.codes) and "which did not start" not in outcome.screen:
+        if (
+            not ended
+            and any(code == 2 for code in outcome.codes)
+            and "which did not start" not in outcome.screen
+        ):
             print(f"could not be continued after {what}:\n{outcome.screen}", flush=True)
             lost += 1
             out = folder / f"job{finished}-{struck}"
@@ -110,7 +169,10 @@ def soak(kills: int, ranks: int, seed: int, folder: Path) -> tuple[int, int, int
             finished += 1
             wrong = differences(expected, contents(out))
             lost += bool(wrong)
-            print(f"{struck} kills, {finished} jobs finished; this one in {starts} starts: {wrong[:9] or 'equal bit for bit'}", flush=True)
+            print(
+                f"{struck} kills, {finished} jobs finished; this one in {starts} starts: {wrong[:9] or 'equal bit for bit'}",
+                flush=True,
+            )
             shutil.rmtree(out)
             starts, out = 0, folder / f"job{finished}"
     return struck, finished, lost
@@ -122,14 +184,36 @@ def soak_torchrun(kills: int, seed: int, folder: Path) -> tuple[int, int]:
     flags = ("--epochs", "60", "--save-every", "2", "--limit-train", "40")
     harness.run(Scenario("whole", flags=flags), whole, timeout=300)
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", str(kills),
-               str(FAULTS / "launch.py"), "none", "0", "none", *TINY, "--timeout", "20", "--out", str(out), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+        str(kills),
+        str(FAULTS / "launch.py"),
+        "none",
+        "0",
+        "none",
+        *TINY,
+        "--timeout",
+        "20",
+        "--out",
+        str(out),
+        *flags,
+    ]
     with open(folder / "torchrun.screen", "wb") as screen:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=screen, stderr=screen)
         struck = 0
         while process.poll() is None:
             time.sleep(draw.uniform(4, 9))
-            victims = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _parent(entry) == process.pid]
+            victims = [
+                int(entry.name)
+                for entry in Path("/proc").iterdir()
+                if entry.name.isdigit() and _parent(entry) == process.pid
+            ]
             if struck < kills and victims:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(draw.choice(victims), signal.SIGKILL)
@@ -149,7 +233,9 @@ def _parent(entry: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Random kills; the final weights must not know of them.")
+    parser = argparse.ArgumentParser(
+        description="Random kills; the final weights must not know of them."
+    )
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -158,8 +244,12 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         struck, finished, lost = soak(asked.kills, asked.ranks, asked.seed, Path(name))
-        more, also_lost = soak_torchrun(asked.torchrun, asked.seed, Path(name)) if asked.torchrun else (0, 0)
-    print(f"{struck + more} kills, {finished + bool(asked.torchrun)} jobs finished, {lost + also_lost} wrong, {time.monotonic() - started:.0f} s")
+        more, also_lost = (
+            soak_torchrun(asked.torchrun, asked.seed, Path(name)) if asked.torchrun else (0, 0)
+        )
+    print(
+        f"{struck + more} kills, {finished + bool(asked.torchrun)} jobs finished, {lost + also_lost} wrong, {time.monotonic() - started:.0f} s"
+    )
     return int(lost + also_lost > 0)
 
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from harness import Scenario, run
 from scenarios import SCENARIOS
 
-from alexnet_mp import checkpoint
+from alexnet_mp.training import checkpoint
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from harness import FAULTS, ROOT, TINY
 
-from alexnet_mp import checkpoint
+from alexnet_mp.training import checkpoint
 
 MARK = "FAULTS_JOB"
 
@@ -30,7 +30,10 @@ def processes(mark: str) -> list[int]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes() and state not in "ZX":
+                if (
+                    f"{MARK}={mark}".encode() in (entry / "environ").read_bytes()
+                    and state not in "ZX"
+                ):
                     found.append(int(entry.name))
     return found
 
@@ -46,15 +49,51 @@ class Job:
     mark: str = field(default="")
 
     @staticmethod
-    def start(folder: Path, fault: str = "none", rank: str = "1", flags: tuple[str, ...] = (), launcher: tuple[str, ...] = (),
-              out: str = "run") -> "Job":
+    def start(
+        folder: Path,
+        fault: str = "none",
+        rank: str = "1",
+        flags: tuple[str, ...] = (),
+        launcher: tuple[str, ...] = (),
+        out: str = "run",
+    ) -> "Job":
         mark, screen, note = uuid.uuid4().hex, folder / "screen", folder / "note"
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-        environment = {name: value for name, value in os.environ.items() if name not in names} | {MARK: mark, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *launcher, str(FAULTS / "launch.py"),
-                   fault, rank, str(note), *TINY, "--timeout", "6", "--out", str(folder / out), *flags]
+        names = (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "OMP_NUM_THREADS",
+        )
+        environment = {name: value for name, value in os.environ.items() if name not in names} | {
+            MARK: mark,
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            *launcher,
+            str(FAULTS / "launch.py"),
+            fault,
+            rank,
+            str(note),
+            *TINY,
+            "--timeout",
+            "6",
+            "--out",
+            str(folder / out),
+            *flags,
+        ]
         with open(screen, "ab") as file:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
         return Job(process, screen, note, folder / out, mark)
 
     def until_struck(self) -> None:
@@ -115,13 +154,18 @@ def test_a_job_without_a_fault_ends_quietly_and_leaves_nothing(tmp_path) -> None
     assert shared_memory() <= shared
 
 
-@pytest.mark.parametrize(("fault", "words", "step"), [
-    ("kill@step:5", "Signal 9 (SIGKILL)", 3),
-    ("raise@step:5", "rank 1: RuntimeError: injected fault", 3),
-    ("nan@flags:5", "the gradient of columns.1.fc8.weight on rank 1 is not finite", 4),
-    ("exit@validation:2", "exitcode  : 7", 3),
-])
-def test_the_cause_is_the_last_thing_on_the_screen(tmp_path, fault: str, words: str, step: int) -> None:
+@pytest.mark.parametrize(
+    ("fault", "words", "step"),
+    [
+        ("kill@step:5", "Signal 9 (SIGKILL)", 3),
+        ("raise@step:5", "rank 1: RuntimeError: injected fault", 3),
+        ("nan@flags:5", "the gradient of columns.1.fc8.weight on rank 1 is not finite", 4),
+        ("exit@validation:2", "exitcode  : 7", 3),
+    ],
+)
+def test_the_cause_is_the_last_thing_on_the_screen(
+    tmp_path, fault: str, words: str, step: int
+) -> None:
     job = Job.start(tmp_path, fault)
     assert job.ends(10) == 1
     assert words in job.end and len(job.errors) == 1 and "rank 1" in job.errors[0], job.text
@@ -131,28 +175,50 @@ def test_the_cause_is_the_last_thing_on_the_screen(tmp_path, fault: str, words: 
 def test_a_full_disk_is_said_by_name_and_the_checkpoint_before_it_is_whole(tmp_path) -> None:
     job = Job.start(tmp_path, "limit:20000@save:2", "0")
     assert job.ends(10) == 1 and job.step == 3
-    assert "File too large); the one before it is intact" in job.end and len(job.errors) == 1, job.text
+    assert "File too large); the one before it is intact" in job.end and len(job.errors) == 1, (
+        job.text
+    )
 
 
 def test_a_frozen_rank_is_noticed_and_torchrun_clears_it_away(tmp_path) -> None:
     job = Job.start(tmp_path, "stop@step:5")
-    assert job.ends(6 + 30 + 10) == 1                     # torchrun gives a process 30 seconds before it kills it
-    assert len(job.errors) == 1 and "rank 1 has been silent for" in job.errors[0] and "its process is stopped" in job.errors[0], job.text
+    assert job.ends(6 + 30 + 10) == 1  # torchrun gives a process 30 seconds before it kills it
+    assert (
+        len(job.errors) == 1
+        and "rank 1 has been silent for" in job.errors[0]
+        and "its process is stopped" in job.errors[0]
+    ), job.text
     assert job.step == 3
 
 
-@pytest.mark.parametrize(("number", "fault", "step"), [
-    (signal.SIGTERM, "slow:1@step:5", 5), (signal.SIGTERM, "slow:1@validation:2", 6), (signal.SIGINT, "slow:1@step:5", 5),
-    (signal.SIGUSR1, "slow:1@step:5", 5)])
-def test_a_signal_to_torchrun_saves_once_and_says_how_to_go_on(tmp_path, number: int, fault: str, step: int) -> None:
-    if number == signal.SIGUSR1 and "signals-to-handle" not in Path(torch.distributed.run.__file__).read_text():
+@pytest.mark.parametrize(
+    ("number", "fault", "step"),
+    [
+        (signal.SIGTERM, "slow:1@step:5", 5),
+        (signal.SIGTERM, "slow:1@validation:2", 6),
+        (signal.SIGINT, "slow:1@step:5", 5),
+        (signal.SIGUSR1, "slow:1@step:5", 5),
+    ],
+)
+def test_a_signal_to_torchrun_saves_once_and_says_how_to_go_on(
+    tmp_path, number: int, fault: str, step: int
+) -> None:
+    if (
+        number == signal.SIGUSR1
+        and "signals-to-handle" not in Path(torch.distributed.run.__file__).read_text()
+    ):
         pytest.skip("this version's torchrun can only die of SIGUSR1")
     launcher = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1") if number == signal.SIGUSR1 else ()
     job = Job.start(tmp_path, fault, flags=("--epochs", "3"), launcher=launcher)
     job.until_struck()
     job.process.send_signal(number)
     assert job.ends(15) != 0 and job.step == step, job.text
-    assert job.text.count(f"stopped at step {step}, saved; continue with the same command and --out {job.out} --resume") == 1, job.text
+    assert (
+        job.text.count(
+            f"stopped at step {step}, saved; continue with the same command and --out {job.out} --resume"
+        )
+        == 1
+    ), job.text
 
 
 def test_ctrl_c_during_the_imports_leaves_no_traceback_of_a_rank(tmp_path) -> None:
@@ -176,13 +242,19 @@ def test_a_launcher_that_is_killed_leaves_no_orphans_and_what_was_done_is_saved(
     left, seconds = processes(job.mark), time.monotonic() - killed
     job.kill()
     assert not left and seconds < 10, job.text
-    assert job.step >= 5 and job.text.count("saved; continue") == 1 and "the launcher is gone" in job.text, job.text
+    assert (
+        job.step >= 5
+        and job.text.count("saved; continue") == 1
+        and "the launcher is gone" in job.text
+    ), job.text
 
 
 def test_max_restarts_continues_by_itself_to_the_same_weights(tmp_path) -> None:
     whole = Job.start(tmp_path, out="whole")
     assert whole.ends(60) == 0
-    job = Job.start(tmp_path, "kill@step:5", launcher=("--max-restarts", "1"), flags=("--save-every", "2"))
+    job = Job.start(
+        tmp_path, "kill@step:5", launcher=("--max-restarts", "1"), flags=("--save-every", "2")
+    )
     assert job.ends(60) == 0 and "started again by torchrun (1): resumed from" in job.text, job.text
     one, other = (checkpoint.read(each.out / "last.pt") for each in (whole, job))
     for part in ("model", "velocity"):

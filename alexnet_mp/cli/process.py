@@ -1,0 +1,202 @@
+"""How an entry script ends: one readable line for what a user can mend, a stated exit code, and a stop that loses nothing.
+
+Exit codes: 0 done; 1 training failed; 2 the command, its files or its ranks are wrong; 128 + n stopped by signal n, with everything saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from alexnet_mp.parallel import heartbeat
+from alexnet_mp.training.trainer import NonFiniteError, Trainer
+
+HEAD_START = (
+    3.0  # seconds that rank 0 has to say what all ranks know, before another one speaks for itself
+)
+CONNECTED = 0.5  # likewise once the ranks are connected, when a rank sees whether rank 0 has spoken
+LOST = (
+    "connection",
+    "timed out",
+    "timeout",
+    "gloo",
+    "nccl",
+    "socket",
+    "peer",
+    "store",
+)  # words of torch's errors when a peer is gone
+ONE_PRESS = 0.3  # seconds within which a second SIGINT is the first one again, come by another way
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) end the run after the current step; a second SIGINT ends it at once.
+
+    They are seen by a thread of their own: the main thread may be inside a collective, where Python's handlers wait until it returns.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.trainer: Trainer | None = None
+
+    def install(self, trainer: Trainer) -> None:
+        """From now on signals ask `trainer` to stop."""
+        self.trainer = trainer
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), lambda number, frame: None)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+
+    def _watch(self, reader: socket.socket) -> None:
+        first = None
+        while number := reader.recv(1)[0]:
+            now = time.monotonic()
+            if number == signal.SIGINT == self.received and now - first > ONE_PRESS:
+                os._exit(128 + signal.SIGINT)
+            if self.received is None or number == signal.SIGINT:
+                first = now
+            self.received = number
+            self.trainer.stop_requested = True
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """Runs `main` and exits with its code; errors that a user can cause become one line on the screen."""
+    # tqdm's own lock has a semaphore of multiprocessing. Where that is not fork (Python 3.14), a process that ends without
+    # Python's clean-up, by os._exit below or a kill, leaves it to a helper, which complains after the last line.
+    tqdm.set_lock(threading.RLock())
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # names of files and classes may hold what the locale has not
+    try:
+        code = main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+        code = fail("the standard output was closed", 141) if heartbeat.current() else 141
+    except NonFiniteError as error:
+        code = fail(error, 1, alike=True)
+    except (ValueError, OSError) as error:
+        code = fail(error, 2)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        code = fail(f"out of memory: {_first_line(error)}; a smaller --batch-size needs less", 1)
+    except RuntimeError as error:
+        code = (
+            _lost(error)
+            if any(word in str(error).lower() for word in LOST) and heartbeat.current()
+            else _unexpected(error)
+        )
+    except BaseException as error:
+        code = _unexpected(error)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    # Not sys.exit: a gloo thread that still waits for a dead peer would keep the interpreter from ending.
+    os._exit(code)
+
+
+def fail(error: BaseException | str, code: int, alike: bool = False) -> int:
+    """Says `error` once for all ranks, unless another rank's was first: then that is the cause, and has been said.
+
+    `alike`: all ranks raise the same, which then is no rank's own.
+    """
+    rank = os.environ.get("RANK", "0")
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    message = _first_line(error) if isinstance(error, BaseException) else error
+    heart = heartbeat.current()
+    if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank while it waits
+        # What all ranks know, rank 0 says for all.
+        if heart:
+            heart.wait_for_cause(CONNECTED)
+        else:
+            time.sleep(HEAD_START)
+        message = message if alike else f"rank {rank}: {message}"
+    elif several and code == 1 and not alike:
+        message = f"rank 0: {message}"
+    first, cause = heart.post(message) if heart else (True, message)
+    if first:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    heartbeat.tell_torchrun(cause)
+    return code
+
+
+def _lost(error: RuntimeError) -> int:
+    """A collective failed, mostly since another rank has ended: what that rank said, or was found to have died of, is the cause."""
+    heart = heartbeat.current()
+    cause = heart.wait_for_cause(3 * heart.interval + 1)
+    if cause is None and heart.store_lost and heart.own_store:
+        return fail(heartbeat.WITHOUT_STORE, 1, alike=True)
+    if cause is None:
+        return fail(
+            f"lost another rank, or it did not answer within --timeout ({_first_line(error)})", 1
+        )
+    heartbeat.tell_torchrun(cause)
+    return 1
+
+
+def _unexpected(error: BaseException) -> int:
+    """A fault of the program's: the whole traceback, of the rank where it began, and the cause once more below it."""
+    heart, several = heartbeat.current(), os.environ.get("WORLD_SIZE", "1") != "1"
+    message = f"{type(error).__name__}: {_first_line(error)}"
+    message = f"rank {os.environ.get('RANK', '0')}: {message}" if several else message
+    first, cause = heart.post(message) if heart else (True, message)
+    if first:
+        traceback.print_exception(error)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    heartbeat.tell_torchrun(cause)
+    return 1
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def printing_json(target: str) -> Iterator[Callable[[Any], None]]:
+    """Gives a function that writes its argument to the file `target` ("-": standard output; "": nowhere), on the main rank.
+
+    With "-" all that is printed inside the block goes to the standard error instead.
+    """
+    output = sys.stdout
+
+    def write(content: Any) -> None:
+        text = json.dumps(_finite(content), indent=1) + "\n"
+        if os.environ.get("RANK", "0") != "0" or not target:
+            return
+        if target == "-":
+            output.write(text)
+        else:
+            with open(target, "w", encoding="utf-8") as file:
+                file.write(text)
+
+    with contextlib.redirect_stdout(sys.stderr if target == "-" else output):
+        yield write
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no number for what is not finite; null says that there is none."""
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

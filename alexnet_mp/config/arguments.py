@@ -1,0 +1,168 @@
+"""What can be asked beside training: the flags of launch/evaluate.py, predict.py and pack.py, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from alexnet_mp.config.configuration import RunConfig
+from alexnet_mp.config.model import check
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Which networks answer, how their answers become one, and the machine they run on."""
+
+    checkpoint: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE")] = ()
+    """last.pt or best.pt of a run. Several are averaged: name the flag again for each."""
+    weights: Annotated[UseAppendAction[tuple[float, ...]], arg(metavar="W")] = ()
+    """What each checkpoint counts for, in their order; only the ratios matter. Default: all the same."""
+    ten_crop: bool = False
+    """Average ten views of each image (corners, center, and those mirrored) instead of the center alone (P 4.1)."""
+    average: Literal["probabilities", "logits"] = "probabilities"
+    """Of a network's views: the softmax outputs (P 4.1), or what goes into the softmax. Networks: always the outputs."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = RunConfig.device
+    """auto: CUDA, else Apple's MPS (one rank), else the CPU."""
+    backend: Literal["auto", "gloo", "nccl"] = RunConfig.backend
+    """auto: nccl where each rank has a GPU of its own, else gloo."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic of the layers; None: as the first checkpoint was trained."""
+    threads: int = RunConfig.threads
+    """CPU threads of each rank; 0 shares the machine's cores evenly."""
+    column_ranks: int = RunConfig.column_ranks
+    """Ranks that share one copy of the networks; 0: the most that columns and ranks allow. 1: data parallel."""
+    timeout: float = RunConfig.timeout
+    """Seconds that one rank waits for another before it gives up."""
+
+    def __post_init__(self) -> None:
+        files, weights = self.checkpoint, self.weights
+        check(
+            len(files) > 0,
+            "--checkpoint FILE: name at least one, last.pt or best.pt of a run's folder",
+        )
+        check(
+            len(weights) in (0, len(files)),
+            f"--weights {' '.join(f'{w:g}' for w in weights)}: {len(weights)} for {len(files)} "
+            f"checkpoint{'s' * (len(files) > 1)}; give one for each, in their order, or none",
+        )
+        check(
+            all(0 <= w < math.inf for w in weights) and (not weights or sum(weights) > 0),
+            f"--weights {' '.join(f'{w:g}' for w in weights)}: none may be negative, and not all of them 0",
+        )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weights, one for each checkpoint, adding up to 1."""
+        weights = self.weights or (1.0,) * len(self.checkpoint)
+        return tuple(weight / sum(weights) for weight in weights)
+
+    def machine(self) -> dict[str, Any]:
+        """The fields that a RunConfig has too."""
+        return {
+            name: getattr(self, name)
+            for name in ("device", "backend", "threads", "column_ranks", "timeout")
+        }
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """How good are they? What is not given is as the first checkpoint was trained."""
+
+    networks: Networks
+    split: Literal["test", "val", "train"] = "test"
+    """Which images; train: the training images, seen as in testing."""
+    data: Literal["shapes", "cifar10", "fashion-mnist", "folder", "store"] | None = None
+    """The set, of the same classes; None: the one that the first checkpoint was trained on."""
+    data_dir: str | None = None
+    """Where the set is; None: where it was then."""
+    limit_test: int = 0
+    """Only N images of the test split, the same that training takes with this flag; 0: all, also if training took fewer."""
+    limit_val: int = 0
+    """Likewise for --split val."""
+    limit_train: int = 0
+    """Likewise for --split train."""
+    batch_size: int = 0
+    """Images at a time, over all ranks together; 0: as in training. Ten views need no more memory than one."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write the result into this file too; -: to the standard output, and nothing else there."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.batch_size >= 0,
+            f"--batch-size {self.batch_size}: one image or more, 0 for the checkpoint's own",
+        )
+        for name in ("test", "val", "train"):
+            limit = getattr(self, f"limit_{name}")
+            check(limit >= 0, f"--limit-{name} {limit}: must not be negative")
+            check(
+                not limit or name == self.split,
+                f"--limit-{name} {limit}: these are not the images of --split {self.split}; "
+                f"--limit-{self.split} limits those",
+            )
+
+    def data_fields(self) -> dict[str, Any]:
+        """What changes in a checkpoint's data configuration; its own limits never count."""
+        given = {
+            name: value
+            for name in ("data", "data_dir")
+            if (value := getattr(self, name)) is not None
+        }
+        return given | {
+            name: getattr(self, name) for name in ("limit_train", "limit_val", "limit_test")
+        }
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """What is on these images?"""
+
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE")]
+    """Image files of any format that Pillow reads, told by content."""
+    networks: Networks
+    top: int = 5
+    """Classes shown for each image, the most probable first."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write the predictions into this file too; -: to the standard output, and nothing else there."""
+
+    def __post_init__(self) -> None:
+        check(len(self.images) > 0, "IMAGE: name one image file or more, after the flags")
+        check(self.top >= 1, f"--top {self.top}: one class or more")
+
+
+@dataclass(frozen=True)
+class PackRequest:
+    """Which images, and where to?"""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """Folder with train/CLASS/, and val or test or both likewise; or what ImageNet's archives unpack to."""
+    store: Annotated[Positional[str], arg(metavar="STORE")] = ""
+    """New folder for the packed images, or one whose packing was interrupted: it is then finished."""
+    encode: Literal["raw", "jpeg"] = "raw"
+    """raw: 196,608 bytes an image, the fastest to load. jpeg: about an eighth of that, decoded again at every load."""
+    check: bool = False
+    """Only report what would be packed, left out or refused: every file is read, nothing written."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At files that cannot be read, stop and name them, or leave them out and list them."""
+    val_labels: Annotated[str, arg(metavar="FILE")] = ""
+    """Classes of a flat folder val: a line an image, CLASS (in the order of the files' names) or FILE CLASS; or Kaggle's LOC_val_solution.csv."""
+    val_synsets: Annotated[str, arg(metavar="FILE")] = ""
+    """Where --val-labels has numbers: which class each is; line k names class k, or NUMBER CLASS lines."""
+    workers: int = 0
+    """Threads; 0: one for each core."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write the report into this file too; -: to the standard output, and nothing else there."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.workers >= 0, f"--workers {self.workers}: one thread or more, 0 for one each core"
+        )
+        check(
+            bool(self.store) != self.check,
+            "--check writes nothing: leave STORE out"
+            if self.check
+            else "STORE: name a folder for the packed "
+            "images, after SOURCE, or give --check to see what would be packed",
+        )

@@ -1,0 +1,250 @@
+"""What can be configured: four frozen dataclasses, checked when they are made.
+
+Each default is the paper's, its section beside it (P 3.3); `presets.py` holds what other configurations change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from alexnet_mp.config.model import LAYERS, ModelConfig, check, check_not_negative
+
+__all__ = ["LAYERS", "Config", "DataConfig", "ModelConfig", "RecipeConfig", "RunConfig"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and what is done to a batch before the network sees it."""
+
+    data: Literal["shapes", "cifar10", "fashion-mnist", "folder", "store"] = "shapes"
+    """shapes (generated, no download), cifar10, fashion-mnist, folder (DIR/train/CLASS/*), store (packed)."""
+    data_dir: str = "data"
+    """Where the set is, or is to be put."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """folder: at files that cannot be read, stop and name them, or leave them out and list them."""
+    shuffle: Literal["full", "blocks"] = "full"
+    """Order of an epoch. full: any; blocks: near each other in the store within 8,192, for spinning disks and network storage."""
+    limit_train: int = 0
+    """Use the first N training images, after the seeded shuffle; 0: all."""
+    limit_val: int = 0
+    """Likewise for validation."""
+    limit_test: int = 0
+    """Likewise for the test split."""
+    validation_share: float = 0.1
+    """Class-balanced share of the training images held out for validation, where the set has no split of its own."""
+    stored_side: int = 256
+    """Side of the stored images that the crop is scaled to (P 2)."""
+    crop_of: int = 227
+    """The crop that belongs to stored_side: images are resized to stored_side * image_size / crop_of, then cropped."""
+    random_crop: bool = True
+    """Crop at a random place in training (P 4.1); otherwise, and in testing, at the center."""
+    last_offset: bool = True
+    """Whether a crop may touch the right and bottom edge: 33 offsets an axis (2012 source) or the paper's 32."""
+    flip: bool = True
+    """Mirror half of the training images (P 4.1)."""
+    images_per_crop: int = 1
+    """Consecutive images that share one crop and flip: 32 in the 2012 source."""
+    color_noise: float = 0.0
+    """Standard deviation of the PCA color noise, 0.1 in P 4.1; 0: none."""
+    color_unit: Literal["eigenvalue", "deviation"] = "deviation"
+    """What a draw is multiplied by: the paper says the eigenvalue, the 2012 source takes its square root."""
+    color_divides: bool = False
+    """Divide the noisy image by 1 + color_noise, as the 2012 source does."""
+    mean: Literal["image-center", "image-aligned", "half", "none"] = "image-center"
+    """What is subtracted: the mean image's center crop (2012 source), the crop's own place in it, or 0.5 after /255."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "limit_train", "limit_val", "limit_test", "color_noise")
+        check(
+            0 < self.validation_share < 1,
+            f"--validation-share {self.validation_share}: between 0 and 1",
+        )
+        check(
+            self.images_per_crop >= 1,
+            f"--images-per-crop {self.images_per_crop}: one image or more",
+        )
+        check(
+            self.stored_side >= self.crop_of >= 1,
+            f"--stored-side {self.stored_side} --crop-of {self.crop_of}: the crop must fit in",
+        )
+
+    def resized_side(self, image_size: int) -> int:
+        """The side to which a batch is resized before it is cropped to `image_size`: round(256 * S / 227)."""
+        return round(self.stored_side * image_size / self.crop_of)
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """How the network is trained."""
+
+    epochs: int = 90
+    """Passes over the training images (P 5)."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps since the run's first start; 0: no such limit."""
+    batch_size: int = 128
+    """Images in one step, over all ranks together (P 5)."""
+    optimizer: Literal["2012", "torch"] = "2012"
+    """2012: the learning rate inside the velocity, as the paper prints it. torch: torch.optim.SGD."""
+    lr: float = 0.01
+    """Learning rate of the weights (P 5)."""
+    bias_lr: float | None = None
+    """Learning rate of the biases, which no schedule then changes; None: as the weights'."""
+    momentum: float = 0.9
+    """Share of the velocity that is kept (P 5)."""
+    weight_decay: float = 0.0005
+    """Decay of the weights (P 5)."""
+    bias_decay: bool = True
+    """Whether biases decay too. The paper prints one rule for all; the 2012 source decays weights only."""
+    schedule: Literal["constant", "plateau", "2012", "cosine"] = "plateau"
+    """plateau: lr falls where validation loss stalls; log: the 2012 run's epochs, scaled; cosine: to zero at the end."""
+    schedule_epochs: tuple[int, int, int, int, int] = (25, 51, 67, 72, 79)
+    """log: of 90, the epochs at whose ends lr falls, falls again, conv1 goes to 1e-5 and the color noise ends, conv1 freezes, lr falls (net 145)."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the rate of a cosine schedule rises from zero."""
+    lr_factor: float = 0.1
+    """plateau: what a stall multiplies the learning rate by (P 5)."""
+    lr_patience: int = 3
+    """plateau: epochs without improvement that are borne before lr falls."""
+    lr_min: float = 1e-5
+    """plateau: lr falls no further (P 5: three falls)."""
+    patience: int = 0
+    """Stop after this many epochs without a better validation loss; 0: never."""
+    delta: float = 0.0
+    """The least improvement that counts for `patience`."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(
+            self,
+            "epochs",
+            "max_steps",
+            "lr",
+            "weight_decay",
+            "patience",
+            "lr_patience",
+            "lr_min",
+            "warmup_epochs",
+            "delta",
+        )
+        check(self.batch_size >= 1, f"--batch-size {self.batch_size}: one image or more")
+        check_not_negative(self, *(["bias_lr"] if self.bias_lr is not None else []))
+        check(0 <= self.momentum < 1, f"--momentum {self.momentum}: at least 0 and below 1")
+        check(
+            len(self.schedule_epochs) == 5
+            and list(self.schedule_epochs) == sorted(self.schedule_epochs)
+            and min(self.schedule_epochs) > 0,
+            f"--schedule-epochs {' '.join(map(str, self.schedule_epochs))}: five epochs above 0, none before the one to its left",
+        )
+        check(0 < self.lr_factor < 1, f"--lr-factor {self.lr_factor}: between 0 and 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The machine, the placement and the folder. Nothing here changes what is computed, beyond rounding."""
+
+    seed: int = 0
+    """Seed of weights, order, crops, flips, colors, dropout and generated data."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA, else Apple's MPS (one rank), else the CPU."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """auto: nccl where each rank has a GPU of its own, else gloo."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the layers; weights and LRN stay in float32."""
+    exchange_precision: Literal["same", "bf16"] = "same"
+    """What crosses between ranks: same, in the layers' own precision, or bf16, half of float32's bytes. Logits never narrow."""
+    profile: bool = False
+    """Write OUT/trace.json, of a few steps for chrome://tracing or Perfetto, and print where each step's time goes."""
+    compile: bool = False
+    """Compile what lies between two crossings with torch.compile."""
+    cuda_graphs: bool = False
+    """Compile it and replay it as CUDA graphs; the exchange stays outside them."""
+    deterministic: bool = False
+    """Only algorithms that repeat bit for bit (on CUDA slower)."""
+    threads: int = 0
+    """CPU threads of each rank; 0 shares the machine's cores evenly."""
+    workers: int = 0
+    """Threads of each rank that prepare batches; 0: one, or --threads where a store holds JPEGs."""
+    column_ranks: int = 0
+    """Ranks that share one copy of the network; 0: the most that columns and ranks allow. 1: data parallel."""
+    out: str = ""
+    """Folder for the run's files; default runs/PRESET-DATA-TIME."""
+    resume: str = ""
+    """Continue from this checkpoint; the flag alone means OUT/last.pt."""
+    save_every: int = 0
+    """Steps between two saves of last.pt within an epoch; 0: at the ends of epochs only."""
+    keep_checkpoints: int = 0
+    """Checkpoints of the last N epochs to keep as epoch-0001.pt and so on, beside last.pt and best.pt."""
+    timeout: float = 60.0
+    """Seconds that one rank waits for another before it gives up."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.seed < 2**63, f"--seed {self.seed}: a number from 0 to 2**63 - 1")
+        check_not_negative(
+            self, "threads", "workers", "column_ranks", "save_every", "keep_checkpoints"
+        )
+        check(0 < self.timeout < 1e6, f"--timeout {self.timeout}: a positive number of seconds")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One complete configuration: `dataclasses.replace` or `with_fields` makes variants of it."""
+
+    preset: str = "demo"
+    """The named configuration that the other flags change: demo, paper, original, original-half, original-isolated, tutorial, four-layers."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def with_fields(self, **changes: Any) -> Config:
+        """A copy with flat field names changed, e.g. `with_fields(image_size=67, lr=0.02)`.
+
+        Raises ValueError for a name that no part has, and for a value that its part refuses.
+        """
+        parts = {}
+        for name in ("model", "data", "recipe", "run"):
+            part = getattr(self, name)
+            mine = {
+                f.name: changes.pop(f.name) for f in dataclasses.fields(part) if f.name in changes
+            }
+            parts[name] = dataclasses.replace(part, **mine)
+        if set(changes) - {"preset"}:
+            raise ValueError(f"no such configuration field: {', '.join(changes)}")
+        return dataclasses.replace(self, **changes, **parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers: what config.json and a checkpoint hold."""
+        return {
+            key: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+            if isinstance(value, dict)
+            else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`. Raises ValueError where a field is unknown or refused."""
+        try:
+            parts = {
+                name: kind(
+                    **{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()}
+                )
+                for name, kind in (
+                    ("model", ModelConfig),
+                    ("data", DataConfig),
+                    ("recipe", RecipeConfig),
+                    ("run", RunConfig),
+                )
+            }
+            return Config(preset=values["preset"], **parts)
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            OverflowError,
+        ) as error:  # a file may hold anything, tensors too
+            raise ValueError(
+                f"not a configuration of this version of alexnet_mp: {error}"
+            ) from None

@@ -1,0 +1,78 @@
+"""What a store's images lie on: arrays (count, 3, side, side), in memory, memory-mapped, or behind a JPEG decoder."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_mp.data import jpeg
+from alexnet_mp.data.store_format import open_array, shard_name
+
+
+class JpegShelf:
+    """Images of one side as JPEGs behind each other, decoded one by one as they are asked for, in the thread that asks."""
+
+    def __init__(self, data: np.ndarray, ends: np.ndarray, side: int, name: Path) -> None:
+        """`data`: uint8 (bytes,); image k ends at `ends[k + 1]`, where the next one starts. `name`: for messages."""
+        self.data, self.ends, self.name = data, ends, name
+        self.shape = (len(ends) - 1, 3, side, side)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """uint8 (3, side, side), channels last in memory."""
+        with contextlib.suppress(RuntimeError):
+            image = jpeg.decode(self.data[self.ends[row] : self.ends[row + 1]]).numpy()
+            if image.shape == self.shape[1:]:
+                return image
+        raise ValueError(
+            f"{self.name}: damaged at image {row}; delete the store's folder and make it again"
+        )
+
+
+def open_shelves(path: Path, header: dict[str, Any], verify: bool) -> list[Any]:
+    """The shelves of the store in `path`, memory-mapped. ValueError naming the file that is missing or damaged."""
+    encoded, shelves, first = header.get("encode", "raw") == "jpeg", [], 0
+    total = sum(sum(shard["counts"]) for shard in header["shards"])
+    ends = (
+        np.array(
+            open_array(path, "ends.npy", np.int64, (total,), header["checksums"].get("ends.npy"))
+        )
+        if encoded
+        else None
+    )
+    for number, shard in enumerate(header["shards"]):
+        name = shard_name(number)
+        # A plain array: a memmap's own indexing costs more than the copy of a small image.
+        data = np.asarray(
+            open_array(
+                path, name, np.uint8, (shard["bytes"],), shard["checksum"] if verify else None
+            )
+        )
+        start = 0
+        for side, count in zip(shard["sides"], shard["counts"], strict=True):
+            if encoded:
+                shelves.append(
+                    JpegShelf(
+                        data,
+                        np.concatenate([[start], ends[first : first + count]]),
+                        side,
+                        path / name,
+                    )
+                )
+                start = int(ends[first + count - 1])
+            elif start + count * 3 * side * side <= len(data):
+                shelves.append(
+                    data[start : start + count * 3 * side * side].reshape(count, 3, side, side)
+                )
+                start += count * 3 * side * side
+            first += count
+        if start != len(data):
+            raise ValueError(
+                f"{path / name}: damaged, it is not what the store's header says; delete the store's folder and make it again"
+            )
+    return shelves

@@ -1,0 +1,82 @@
+"""The tutorial's initialization in NumPy alone, to read and to play with (tutorial, section 4.2).
+
+The networks of this package draw theirs in `model.initialize`; flags start them the same way:
+`--initial-weights 0.01 0.01 0.01 0.01 0.01 he he he --initial-biases 0 1 1 1 1 1 1 1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+ALEXNET_SHAPES = (
+    (96, 3, 11, 11),
+    (256, 96, 5, 5),
+    (384, 256, 3, 3),
+    (384, 384, 3, 3),
+    (256, 384, 3, 3),  # conv1 to conv5, in one tower
+    (4096, 256 * 6 * 6),
+    (4096, 4096),
+    (1000, 4096),  # fc6 to fc8
+)
+"""The weights of the tutorial's AlexNet: (kernels, inputs, height, width) or (outputs, inputs)."""
+CONV_DEVIATION = 0.01
+
+
+def standard_deviation(shape: Sequence[int]) -> float:
+    """0.01 for a convolution's 4-d shape, sqrt(2 / fan-in) for a fully connected layer's 2-d one (He's, for layers with ReLU).
+
+    Raises ValueError for any other number of axes, and for an axis without entries.
+    """
+    if len(shape) not in (2, 4) or min(shape) < 1:
+        raise ValueError(
+            f"shape {tuple(shape)}: must be 4-d (kernels, inputs, height, width) or 2-d (outputs, inputs), each at least 1"
+        )
+    return CONV_DEVIATION if len(shape) == 4 else float(np.sqrt(2 / shape[1]))
+
+
+def initialize_weights(
+    layer_shapes: Sequence[Sequence[int]] = ALEXNET_SHAPES, seed: int | None = None
+) -> list[np.ndarray]:
+    """One float64 array per shape, drawn from N(0, standard_deviation(shape)). ValueError as `standard_deviation`, before any is drawn.
+
+    `seed` None draws others at every call.
+    """
+    deviations = [standard_deviation(shape) for shape in layer_shapes]
+    rng = np.random.default_rng(seed)
+    return [
+        rng.normal(0, deviation, shape)
+        for shape, deviation in zip(layer_shapes, deviations, strict=True)
+    ]
+
+
+def initialize_biases(
+    layer_shapes: Sequence[Sequence[int]] = ALEXNET_SHAPES,
+    behind_relu: Sequence[bool] | None = None,
+) -> list[np.ndarray]:
+    """One float64 array per shape: ones in the layers behind a ReLU, so that their units start in its positive half; zeros elsewhere.
+
+    `behind_relu` says which layers read what a ReLU put out; by default all but the first, which reads the image.
+    ValueError for a shape that is no layer's, or another number of entries than layers.
+    """
+    behind_relu = (
+        [number > 0 for number in range(len(layer_shapes))] if behind_relu is None else behind_relu
+    )
+    if len(behind_relu) != len(layer_shapes):
+        raise ValueError(f"behind_relu: {len(behind_relu)} entries for {len(layer_shapes)} layers")
+    for shape in layer_shapes:
+        standard_deviation(shape)
+    return [
+        np.full(shape[0], float(behind))
+        for shape, behind in zip(layer_shapes, behind_relu, strict=True)
+    ]
+
+
+def describe_layers(weights: Sequence[np.ndarray], biases: Sequence[np.ndarray]) -> str:
+    """Shape, mean and standard deviation of each layer's weights, and its bias, a line each."""
+    return "\n".join(
+        f"layer {number}: weights {' x '.join(map(str, weight.shape)):>18s}  mean {weight.mean():9.6f}  standard deviation {weight.std():.6f}"
+        f"  bias {bias[0]:g}"
+        for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1)
+    )

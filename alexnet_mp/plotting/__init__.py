@@ -1,0 +1,1 @@
+"""Pictures from arrays and records. Imports no other room. Start with `curves.py`."""

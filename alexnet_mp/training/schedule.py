@@ -1,0 +1,202 @@
+"""When the learning rate falls, and when training stops.
+
+Every schedule has `advance(epoch)` (epochs count from 0; 1.5 is the middle of the second) and `end_epoch(validation_loss)`, and a `state_dict`.
+All ranks hold one each and feed it the same numbers, so they decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from alexnet_mp.config import RecipeConfig
+
+SCHEDULE_2012_EPOCHS = 90  # of which RecipeConfig.log_epochs are counted (paper, section 5)
+
+
+class EarlyStopping:
+    """Stops when the validation loss has not improved for `patience` evaluations in a row (the tutorial's class).
+
+    Call it with the loss after each epoch; `early_stop` says whether to stop. An improvement lowers the best loss
+    by at least `delta`, and by more than nothing: an equal loss is none. An improvement resets the count.
+    """
+
+    def __init__(self, patience: int = 7, verbose: bool = False, delta: float = 0) -> None:
+        if patience < 1:
+            raise ValueError(f"patience {patience}: must be at least 1")
+        if delta < 0:
+            raise ValueError(f"delta {delta}: must not be negative")
+        self.patience, self.verbose, self.delta = patience, verbose, delta
+        self.counter = 0
+        self.best_score: float | None = None
+        self.early_stop = False
+
+    def __call__(self, val_loss: float) -> bool:
+        """Counts one evaluation; returns whether it was an improvement."""
+        score = -val_loss
+        gain = math.inf if self.best_score is None else score - self.best_score
+        if gain > 0 and gain >= self.delta:
+            self.best_score, self.counter = score, 0
+            return True
+        self.counter += 1
+        self.early_stop = self.early_stop or self.counter >= self.patience
+        if self.verbose:
+            print(f"EarlyStopping: no improvement for {self.counter} of {self.patience} epochs")
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "counter": self.counter,
+            "best_score": self.best_score,
+            "early_stop": self.early_stop,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counter, self.best_score = state["counter"], state["best_score"]
+        self.early_stop = (
+            bool(state["early_stop"]) and self.counter >= self.patience
+        )  # which may be larger now
+
+
+class LRSchedule:
+    """The learning rate stays what the optimizer was made with."""
+
+    noise_off = False  # whether the color noise is over
+    frozen = False  # whether conv1 learns no more, so that nothing need be computed for it
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def advance(self, epoch: float) -> None:
+        """Sets the rates for this point of training."""
+
+    def end_epoch(self, validation_loss: float) -> None:
+        """Learns how the epoch ended."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Plateau(LRSchedule):
+    """Divides the rate where the validation loss stops improving, as was done by hand in 2012 (paper, section 5).
+
+    Biases that have a rate of their own keep it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        factor: float = 0.1,
+        patience: int = 3,
+        min_lr: float = 1e-5,
+        fixed_biases: bool = False,
+    ) -> None:
+        super().__init__(optimizer)
+        floors = [
+            group["lr"]
+            if fixed_biases and group.get("kind") == "bias"
+            else min(min_lr, group["lr"])
+            for group in optimizer.param_groups
+        ]
+        self.plateau = ReduceLROnPlateau(
+            optimizer, "min", factor=factor, patience=patience, min_lr=floors
+        )
+
+    def end_epoch(self, validation_loss: float) -> None:
+        self.plateau.step(validation_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.plateau.state_dict() | {
+            "lr": [group["lr"] for group in self.optimizer.param_groups]
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        for group, lr in zip(self.optimizer.param_groups, state.pop("lr"), strict=True):
+            group["lr"] = lr
+        self.plateau.load_state_dict(state)
+
+
+class Schedule2012(LRSchedule):
+    """The epochs at which a net's rates were changed by hand in 2012, from its log, scaled from 90 epochs to `epochs`.
+
+    `at` are the five of RecipeConfig.log_epochs (original-2012.md, section 4): the rate is divided by ten at the first, second and fifth. From the
+    third on conv1 learns at 1e-5 of 1e-2 and the color noise is gone, from the fourth on conv1 is frozen, its biases too; other biases keep
+    their rate.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        epochs: int,
+        fixed_biases: bool = True,
+        at: tuple[int, int, int, int, int] = RecipeConfig.schedule_epochs,
+    ) -> None:
+        super().__init__(optimizer)
+        self.scale, self.fixed_biases = SCHEDULE_2012_EPOCHS / max(epochs, 1), fixed_biases
+        first, second, self.slower, freeze, third = at
+        self.drops = ((first, 1e-1), (second, 1e-2), (third, 1e-3))
+        self.conv1 = ((self.slower, 1e-3), (freeze, 0.0))
+        self.first = [group["lr"] for group in optimizer.param_groups]
+
+    def advance(self, epoch: float) -> None:
+        at = math.floor(epoch) * self.scale  # between epochs only, as it was done by hand
+        share = last_reached(self.drops, at, 1.0)
+        conv1 = last_reached(self.conv1, at, share)
+        for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
+            mine = conv1 if group.get("layer") == "conv1" else share
+            if group.get("kind") == "bias" and self.fixed_biases:
+                mine = 0.0 if mine == 0 else 1.0
+            group["lr"] = first * mine
+        self.noise_off, self.frozen = at >= self.slower, conv1 == 0
+
+
+class Cosine(LRSchedule):
+    """Half a cosine from the first rate to zero over `epochs`, after a linear rise over `warmup` epochs; set before every step.
+
+    Biases that have a rate of their own keep it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        epochs: int,
+        warmup: float = 0.0,
+        fixed_biases: bool = False,
+    ) -> None:
+        super().__init__(optimizer)
+        self.epochs, self.warmup, self.fixed_biases = max(epochs, 1), warmup, fixed_biases
+        self.first = [group["lr"] for group in optimizer.param_groups]
+
+    def advance(self, epoch: float) -> None:
+        share = (1 + math.cos(math.pi * min(epoch / self.epochs, 1.0))) / 2
+        if epoch < self.warmup:
+            share *= epoch / self.warmup
+        for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
+            group["lr"] = first * (
+                1.0 if self.fixed_biases and group.get("kind") == "bias" else share
+            )
+
+
+def last_reached(steps: tuple[tuple[float, float], ...], at: float, before: float) -> float:
+    """The value of the last of `steps` (epoch, value) that `at` has reached, or `before`."""
+    reached = [value for epoch, value in steps if at >= epoch]
+    return reached[-1] if reached else before
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> LRSchedule:
+    """The schedule that the recipe names."""
+    fixed = recipe.bias_lr is not None
+    if recipe.schedule == "plateau":
+        return Plateau(optimizer, recipe.lr_factor, recipe.lr_patience, recipe.lr_min, fixed)
+    if recipe.schedule == "2012":
+        return Schedule2012(optimizer, recipe.epochs, fixed, recipe.schedule_epochs)
+    if recipe.schedule == "cosine":
+        return Cosine(optimizer, recipe.epochs, recipe.warmup_epochs, fixed)
+    return LRSchedule(optimizer)

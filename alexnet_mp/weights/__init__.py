@@ -1,0 +1,1 @@
+"""Files with weights, our own and foreign ones. Imports config and model."""

@@ -1,0 +1,161 @@
+"""The command line: every field is a flag, every mistake one line that names it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from alexnet_mp import PRESETS, Config, preset
+from alexnet_mp.cli.parser import UsageError, parse_train
+from alexnet_mp.training import checkpoint
+
+
+def test_no_flags_are_the_demo() -> None:
+    assert parse_train([]) == preset("demo")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_complete_configuration(name: str) -> None:
+    assert parse_train(["--preset", name]) == preset(name)
+    assert parse_train([f"--preset={name}"]) == preset(name)
+
+
+def test_a_flag_changes_one_field_of_the_preset_wherever_it_stands() -> None:
+    changed = preset("paper").with_fields(lr=0.02, image_size=227)
+    assert parse_train(["--lr", "0.02", "--preset", "paper", "--image-size", "227"]) == changed
+
+
+@pytest.mark.parametrize("word", ["--local-rank=1", "--local_rank=1"])
+def test_the_flag_that_torch_distributed_launch_adds_is_not_the_users(word: str) -> None:
+    assert parse_train([word, "--seed", "3"]) == parse_train(["--seed", "3"])
+
+
+def test_every_flag_of_the_contract_is_there() -> None:
+    argv = (
+        "--preset demo --data shapes --data-dir d --epochs 1 --max-steps 2 --batch-size 3 --image-size 99 --lr 0.1 --seed 5 --limit-train 6 "
+        "--limit-val 7 --limit-test 8 --device cpu --backend gloo --precision bf16 --compile --deterministic --threads 1 --column-ranks 2 "
+        "--out o --timeout 9"
+    ).split()
+    config = parse_train(argv)
+    assert (
+        config.recipe.max_steps,
+        config.data.limit_test,
+        config.run.timeout,
+        config.run.compile,
+    ) == (2, 8, 9.0, True)
+
+
+def test_every_field_has_its_flag_in_the_help(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_train(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for part in (Config().model, Config().data, Config().recipe, Config().run):
+        for field in dataclasses.fields(part):
+            assert f"--{field.name.replace('_', '-')}" in text, field.name
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--learning-rate", "1"], "--learning-rate"),
+        (["--epochs", "abc"], "'abc'"),
+        (["--preset", "papr"], "papr.*demo, paper"),
+        (["--data", "mnist"], "'mnist'.*fashion-mnist"),
+        (["--image-size", "60"], "60.*smallest that works is 67"),
+        (["--lr", "-1"], "--lr -1"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--crossings", "conv9", "fc8"], "conv9"),
+        (["--crossings", "conv3"], "fc8 must be among them"),
+        (["--kernels", "1", "2"], "kernels"),
+        (["--resume"], "--out"),
+        (["--resume", "none.pt"], "none.pt: no such checkpoint"),
+        (["--dropout-rate", "1"], "--dropout-rate 1"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--timeout", "0"], "--timeout 0"),
+        (["--initial-weights", "he"], "needs 8 values"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_flag_or_value(
+    argv: list[str], words: str, capsys
+) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        parse_train(argv)
+    assert "\n" not in str(caught.value) and capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def checkpoint_file(tmp_path):
+    config = preset("paper").with_fields(
+        lr=0.02, batch_size=32, seed=7, classes=3, device="cuda", threads=3, max_steps=10
+    )
+    path = tmp_path / "last.pt"
+    torch.save(
+        {
+            "format": checkpoint.FORMAT,
+            "version": checkpoint.VERSION,
+            "config": config.to_dict(),
+            "model": {},
+            "velocity": {},
+            "loop": {},
+            "data": {"classes": [], "images": []},
+        },
+        path,
+    )
+    return path
+
+
+def test_resume_continues_the_checkpoints_configuration_on_this_machine(checkpoint_file) -> None:
+    for argv in (
+        ["--resume", str(checkpoint_file)],
+        ["--out", str(checkpoint_file.parent), "--resume"],
+        ["--resume", "--out", str(checkpoint_file.parent)],
+    ):
+        config = parse_train([*argv, "--epochs", "120"])
+        assert (config.preset, config.recipe.lr, config.recipe.batch_size, config.run.seed) == (
+            "paper",
+            0.02,
+            32,
+            7,
+        )
+        assert config.recipe.epochs == 120 and config.recipe.max_steps == 0
+        assert (config.run.device, config.run.threads) == ("auto", 0)
+        assert (config.run.resume, config.run.out) == (
+            str(checkpoint_file),
+            str(checkpoint_file.parent),
+        )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--lr", "0.1"],
+        ["--seed", "1"],
+        ["--image-size", "227"],
+        ["--preset", "demo"],
+        ["--data", "cifar10"],
+        ["--precision", "bf16"],
+        ["--batch-size", "64"],
+    ],
+)
+def test_resume_refuses_a_flag_that_would_make_it_another_run(
+    checkpoint_file, argv: list[str]
+) -> None:
+    with pytest.raises(UsageError, match=f"{argv[0]} {argv[1]}: .*last.pt was trained with"):
+        parse_train(["--resume", str(checkpoint_file), *argv])
+
+
+def test_resume_takes_the_flags_that_the_run_already_had(checkpoint_file) -> None:
+    argv = ["--preset", "paper", "--lr", "0.02", "--batch-size", "32", "--seed", "7"]
+    assert parse_train([*argv, "--resume", str(checkpoint_file)]) == parse_train(
+        ["--resume", str(checkpoint_file)]
+    )
+
+
+def test_a_configuration_survives_its_dictionary() -> None:
+    for name in PRESETS:
+        config = preset(name)
+        assert Config.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="not a configuration of this version"):
+        Config.from_dict({"preset": "demo"})

@@ -1,0 +1,173 @@
+"""Generated and downloaded sets: the same for every rank, made once, and told in one line where they cannot be had."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from image_sets import levels, make_folder
+from ranks import process_group, run
+
+from alexnet_mp.config import DataConfig
+from alexnet_mp.data import dataset_packer, datasets, load, store_format, synthetic
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.fixture
+def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "COUNTS", {"train": 60, "val": 24, "test": 24})
+
+
+def test_shapes_are_balanced_and_complete(few_shapes: None) -> None:
+    splits = load(DataConfig(), 0)
+    assert len(splits.train.classes) == 12 and splits.train.sides == (256,)
+    assert np.bincount(splits.train.labels).tolist() == [5] * 12 and np.bincount(splits.test.labels).tolist() == [2] * 12
+
+
+def test_shapes_cached_at_a_smaller_side_are_the_large_ones_reduced(few_shapes: None, cache: Path) -> None:
+    large, small = load(DataConfig(), 0), load(DataConfig(), 0, side=76)
+    assert sorted(path.name for path in cache.iterdir()) == [
+        f"shapes-0-{synthetic.VERSION}-{side}px-store{store_format.VERSION}" for side in (256, 76)]
+    assert torch.equal(large.train.gather(range(60), 76), small.train.gather(range(60)))
+    assert torch.equal(large.train.statistics(76).mean_image, small.train.statistics(76).mean_image)
+
+
+def test_shapes_are_generated_once_for_each_seed(few_shapes: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    first, other = load(DataConfig(), 0, progress=True, side=32), load(DataConfig(), 1, side=32)
+    assert capsys.readouterr().out.count("drawing 108 images") == 1
+    assert not torch.equal(first.train.gather([0]), other.train.gather([0]))
+    monkeypatch.setattr(synthetic, "generate", None)
+    assert torch.equal(load(DataConfig(), 0, side=32).train.gather([0]), first.train.gather([0]))
+
+
+def test_no_two_images_of_the_shapes_are_alike_within_or_between_the_splits(few_shapes: None) -> None:
+    splits = load(DataConfig(), 0, side=32)
+    everything = torch.cat([store.gather(range(len(store))) for store in (splits.train, splits.val, splits.test)])
+    flat = everything.flatten(1).float() - everything.flatten(1).float().mean(1, keepdim=True)
+    closeness = torch.corrcoef(flat) - 2 * torch.eye(len(flat))
+    assert closeness.max() < 0.98
+
+
+def test_mean_colors_do_not_tell_the_class_of_a_shape() -> None:
+    count = {"train": 360, "test": 360}
+    features = {split: torch.tensor(np.stack([np.concatenate([(image := synthetic.draw(0, split, i)[:, ::4, ::4]).mean((1, 2)), image.std((1, 2))])
+                                              for i in range(n)])).float() for split, n in count.items()}
+    mean, deviation = features["train"].mean(0), features["train"].std(0)
+    inputs = {split: (values - mean) / deviation for split, values in features.items()}
+    target = torch.arange(360) % 12
+    classifier = torch.nn.Linear(6, 12)
+    torch.nn.init.zeros_(classifier.weight)
+    torch.nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=100)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(classifier(inputs["train"]), target) + 1e-3 * classifier.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    accuracy = (classifier(inputs["test"]).argmax(1) == target).float().mean()
+    assert accuracy < 0.25                              # chance is 0.083; area shows a little in the deviations
+
+
+def test_offline_cifar_10_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        print("torchvision is chatty")
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
+    with pytest.raises(ValueError, match=r"--data-dir .*cifar: .*https://.*cifar-10-python.tar.gz.*name resolution.*put cifar-10-python") as caught:
+        load(DataConfig(data="cifar10", data_dir=str(tmp_path / "cifar")), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_cifar_10_is_read_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    rng = np.random.default_rng(0)
+    rows = {name: rng.integers(0, 256, (20, 3072), np.uint8) for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]}
+    for name, data in rows.items():
+        (base / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(20)]}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{k}" for k in range(10)]}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    splits = load(DataConfig(data="cifar10", data_dir=str(tmp_path)), 0)
+    assert [len(store) for store in (splits.train, splits.val, splits.test)] == [90, 10, 20]
+    assert torch.equal(splits.test.gather([7]).flatten(), torch.from_numpy(rows["test_batch"][7])) and splits.test.labels[7] == 7
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + values.tobytes()))
+
+
+def make_fashion(root: Path) -> np.ndarray:
+    root.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
+    for part in ("train", "t10k"):
+        write_idx(root / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(root / f"{part}-labels-idx1-ubyte.gz", np.arange(40, dtype=np.uint8) % 10)
+    return images
+
+
+@pytest.mark.parametrize("where", ["", "FashionMNIST/raw"])
+def test_fashion_mnist_is_read_where_debian_or_torchvision_put_it(tmp_path: Path, where: str) -> None:
+    images = make_fashion(tmp_path / "set" / where)
+    splits = load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set")), 0)
+    assert torch.equal(splits.test.gather([3])[0], torch.from_numpy(images[3]).expand(3, -1, -1))
+    assert [len(store) for store in (splits.train, splits.val, splits.test)] == [30, 10, 40]
+    assert splits.test.classes[9] == "ankle boot" and splits.test.labels[9] == 9
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: content[:10] + b"\xff" + content[11:]],
+                         ids=["cut short", "no such compression"])
+def test_a_damaged_fashion_mnist_file_is_named(tmp_path: Path, damage) -> None:
+    make_fashion(tmp_path / "set")
+    path = tmp_path / "set" / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz: damaged"):
+        load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set")), 0)
+
+
+def test_offline_fashion_mnist_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION", tmp_path / "nowhere")
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
+    with pytest.raises(ValueError, match=r"--data-dir .*cannot be downloaded.*apt-get install dataset-fashion-mnist, or use --data shapes"):
+        load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set")), 0)
+
+
+@pytest.mark.skipif(not datasets.DEBIAN_FASHION.is_dir(), reason="apt-get install dataset-fashion-mnist puts the real files there")
+def test_the_real_fashion_mnist_is_found_without_a_download(tmp_path: Path) -> None:
+    splits = load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path)), 0)
+    assert [len(store) for store in (splits.train, splits.val, splits.test)] == [54000, 6000, 10000]
+    assert np.bincount(splits.val.labels).tolist() == [600] * 10
+    assert splits.test.labels[:5].tolist() == [9, 2, 1, 1, 6]
+
+
+def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int]:
+    """What `ParallelContext.run_once_per_host` does, in short; counts the packings that this rank did."""
+    packed = []
+    pack = dataset_packer.pack_split
+    dataset_packer.pack_split = lambda *args: (packed.append(1), pack(*args))[1]
+    with process_group():
+        def run_once_per_host(work) -> None:
+            if rank == 0:
+                work()
+            dist.barrier()
+
+        splits = load(DataConfig(data="folder", data_dir=root), 5, alone)
+    return levels(splits.val), len(packed)
+
+
+def test_one_rank_packs_and_all_see_the_same_splits(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set", count=30)
+    (first, packed), (second, none) = run(load_on_a_rank, 2, str(root))
+    assert first == second and len(first) == 6
+    assert (packed, none) == (2, 0)

@@ -1,0 +1,71 @@
+"""The order of an epoch: every image once, the same for the same seed and epoch, and for a disk in runs of neighbors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from image_sets import make_folder, random_store
+
+from alexnet_mp.config import DataConfig
+from alexnet_mp.data import Augment, Loader, Store, dataset_packer, epoch_order
+from alexnet_mp.data.epoch_order import ReadAhead, BLOCK_SIZE, SHUFFLE_WINDOW, block_order
+from alexnet_mp.data.shard_writer import Packing
+
+
+@given(st.integers(0, 3 * BLOCK_SIZE * SHUFFLE_WINDOW))
+def test_blocks_give_every_image_once(count: int) -> None:
+    assert np.array_equal(np.sort(block_order(count, 0, 0)), np.arange(count))
+
+
+def test_blocks_depend_on_seed_and_epoch_and_on_nothing_else() -> None:
+    first, again, seed, epoch = (block_order(20000, *key) for key in ((1, 2), (1, 2), (0, 2), (1, 3)))
+    assert np.array_equal(first, again) and not np.array_equal(first, seed) and not np.array_equal(first, epoch)
+
+
+def test_a_window_of_blocks_is_whole_blocks_which_are_far_apart_and_well_mixed() -> None:
+    count = 10 * BLOCK_SIZE * SHUFFLE_WINDOW
+    window = block_order(count, 0, 0)[:BLOCK_SIZE * SHUFFLE_WINDOW]
+    blocks, sizes = np.unique(window // BLOCK_SIZE, return_counts=True)
+    assert len(blocks) == SHUFFLE_WINDOW and set(sizes) == {BLOCK_SIZE}
+    assert blocks.min() < SHUFFLE_WINDOW and blocks.max() > 9 * SHUFFLE_WINDOW
+    batch = np.unique(window[:128] // BLOCK_SIZE)
+    # 128 draws from 128 blocks meet 1 - 1/e of them, 81; without mixing it would be 2.
+    assert 65 < len(batch) < 97
+
+
+@pytest.mark.parametrize("shuffle", ["full", "blocks"])
+def test_a_loader_takes_the_order_that_is_asked_for_whatever_the_rank_and_where_it_resumes(shuffle: str) -> None:
+    store = random_store(300, classes=300)
+    augment = Augment(DataConfig(stored_side=12, crop_of=9, mean="none", shuffle=shuffle), 9)
+    whole = [label for batch in Loader(store, augment, 32, 5, True) for label in batch.labels.tolist()]
+    assert sorted(whole) == list(range(300)) and (shuffle == "full" or whole == block_order(300, 5, 0).tolist())
+    resumed = Loader(store, augment, 32, 5, True)
+    resumed.set_epoch(0, skip=4)
+    assert [label for batch in resumed for label in batch.labels.tolist()] == whole[128:]
+    halves = [list(Loader(store, augment, 32, 5, True, rank, 2)) for rank in (0, 1)]
+    assert [label for pair in zip(*halves, strict=True) for batch in pair for label in batch.labels.tolist()] == whole
+
+
+def test_the_disk_hears_of_every_image_once_and_a_window_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epoch_order, "BLOCK_SIZE", 4)
+    monkeypatch.setattr(epoch_order, "SHUFFLE_WINDOW", 5)
+    store, told = random_store(100), []
+    monkeypatch.setattr(epoch_order, "will_need", lambda shelf, first, last: told.append((first, last)))
+    numbers = epoch_order.block_order(100, 0, 0)
+    ahead = ReadAhead(store, numbers)
+    for position in range(0, 100, 8):
+        ahead.reach(position)
+        known = np.concatenate([np.arange(first, last) for first, last in told])
+        soon = numbers[:(position // 20 + 2) * 20]
+        assert sorted(known) == sorted(soon)
+    assert all(last - first >= 4 for first, last in told)
+
+
+@pytest.mark.parametrize("encode", ["raw", "jpeg"])
+def test_announcing_a_store_on_disk_does_it_no_harm(tmp_path: Path, encode: str) -> None:
+    dataset_packer.pack(dataset_packer.list_source(make_folder(tmp_path / "set")), tmp_path / "store", Packing(encode))
+    store = Store.open(tmp_path / "store" / "train")
+    epoch_order.will_need(store.shelves[0], 2, 9)
+    assert epoch_order._madvise() is not None and store.gather([3]).shape == (1, 3, 20, 20)

@@ -1,0 +1,80 @@
+"""conv1 over blocks of 4x4 pixels, as a CPU computes it in bfloat16, against conv1 as it is written."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet_mp import AlexNet, preset
+from alexnet_mp.ops.conv1 import FirstConv2d, first_input, in_blocks
+
+# The same products, summed in another order in float32, rounded once to bfloat16: half a unit of its last place, 2^-8, now and then.
+TOLERANCE = {"rtol": 2**-7, "atol": 2**-7}
+
+
+def conv1(kernels: int = 6) -> FirstConv2d:
+    torch.manual_seed(0)
+    return FirstConv2d(kernels).to(memory_format=torch.channels_last)
+
+
+def plain(layer: FirstConv2d, images: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    return F.conv2d(F.pad(images, padding), layer.weight, layer.bias, stride=4)
+
+
+@pytest.mark.parametrize(
+    "memory_format",
+    [torch.contiguous_format, torch.channels_last],
+    ids=["contiguous", "channels last"],
+)
+@pytest.mark.parametrize(
+    "padding", [(0, 0, 0, 0), (0, 3, 0, 3), (2, 2, 2, 2), (1, 0, 3, 5)], ids=str
+)
+@pytest.mark.parametrize("size", [(11, 11), (32, 33), (34, 35), (36, 37), (67, 63)], ids=str)
+def test_conv1_over_blocks_is_conv1(size, padding, memory_format) -> None:
+    layer = conv1()
+    images = torch.randn(3, 3, *size).bfloat16().contiguous(memory_format=memory_format)
+    expected = plain(layer.double(), images.double(), padding)
+    gradient = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, (layer.weight, layer.bias), gradient)
+    y = layer.float()(in_blocks(images, padding).float())  # float32: nothing is hidden by rounding
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(y, (layer.weight, layer.bias), gradient.float())
+    torch.testing.assert_close(
+        [g.double() for g in found], list(expected_gradients), rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (0, 3, 0, 3)], ids=str)
+def test_training_in_bfloat16_on_a_cpu_reads_blocks_and_gives_what_autocast_gives(padding) -> None:
+    layer, images = conv1(), torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = first_input(images, padding, layer)
+        found, expected = layer(x), plain(layer, images, padding)
+    assert x.shape[1] == 48 and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("why", ["testing", "frozen", "float32", "images learn"])
+def test_otherwise_conv1_reads_pixels(why) -> None:
+    layer, images = conv1(), torch.randn(2, 3, 64, 64, requires_grad=why == "images learn")
+    layer.requires_grad_(why != "frozen")
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=why != "float32"),
+        torch.set_grad_enabled(why != "testing"),
+    ):
+        x = first_input(images, (0, 3, 0, 3), layer)
+    assert x.shape == (2, 3, 67, 67) and x.dtype == (
+        torch.float32 if why == "float32" else torch.bfloat16
+    )
+
+
+def test_the_columns_read_one_and_the_same_tensor() -> None:
+    model = AlexNet(
+        preset("demo").with_fields(kernels=(4, 6, 8, 6, 4), hidden=(24, 20), classes=5).model
+    )
+    seen = []
+    for column in model.columns.values():
+        column.conv1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 3, 67, 67))
+    assert len(seen) == 2 and seen[0] is seen[1] and seen[0].shape[1] == 48

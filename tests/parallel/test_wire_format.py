@@ -1,0 +1,128 @@
+"""What travels: in which order in memory, in which type, uncopied where that can be; and how long a rank waits for it."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import process_group, run
+from torch import Tensor
+
+from alexnet_mp.config import Config, ModelConfig, RunConfig
+from alexnet_mp.model.alexnet import AlexNet
+from alexnet_mp.ops.dropout import dropout_keys
+from alexnet_mp.parallel.context import init_parallel
+from alexnet_mp.parallel.exchange import TRAINING, GroupLink, Transfer
+
+
+def small(**changes) -> ModelConfig:
+    return ModelConfig(
+        kernels=(4, 6, 8, 6, 4),
+        hidden=(12, 10),
+        classes=5,
+        image_size=67,
+        initial_weights=("he",) * 8,
+        initial_biases=(0.1,) * 8,
+        **changes,
+    )
+
+
+# No ReLU and no maximum, of which one that falls to the other side shows as 5 % in the gradients of so small a net.
+SMOOTH = {"activation": "tanh", "pool_size": 1}
+
+
+def maps(rank: int, channels_last: bool) -> Tensor:
+    x = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5) + 1000 * rank
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def swapped(rank: int, formats: tuple[bool, bool]) -> tuple[Tensor, bool, bool]:
+    """What arrives, whether it is channels-last, and whether what was sent was the tensor itself."""
+    with process_group():
+        x = maps(rank, formats[rank])
+        transfer = Transfer([x], GroupLink(dist.group.WORLD))
+        itself = transfer.sent[0].data_ptr() == x.data_ptr()
+        (y,) = transfer.wait()
+        return y, y.is_contiguous(memory_format=torch.channels_last), itself
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [(False, False), (True, True), (True, False)],
+    ids=["contiguous", "channels last", "one of each"],
+)
+def test_maps_arrive_right_in_the_format_of_what_was_sent_and_leave_uncopied_in_channels_last(
+    formats,
+) -> None:
+    for rank, (y, last, itself) in enumerate(run(swapped, 2, formats)):
+        assert torch.equal(y, maps(1 - rank, False))
+        assert last == itself == formats[rank]
+
+
+def step(
+    rank: int, wire: torch.dtype | None, precision: str = "fp32"
+) -> tuple[Tensor, dict, dict, dict]:
+    with process_group():
+        link = GroupLink(dist.group.WORLD, wire=wire)
+        model = AlexNet(small(**SMOOTH), (rank,), link).to(memory_format=torch.channels_last)
+        images = torch.randn(4, 3, 67, 67, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images, dropout_keys(0, 0, torch.arange(4)))
+        logits.float().square().sum().backward()
+        return (
+            logits.detach(),
+            {k: v.clone() for k, v in model.canonical(lambda p: p.grad).items()},
+            dict(link.meter.bytes),
+            dict(link.meter.values),
+        )
+
+
+def test_bf16_on_the_wire_halves_the_bytes_but_the_logits_and_stays_close() -> None:
+    wide, narrow = run(step, 2, None), run(step, 2, torch.bfloat16)
+    assert torch.equal(narrow[0][0], narrow[1][0])  # all ranks have the same logits all the same
+    for (logits, gradients, size, values), (logits2, gradients2, size2, values2) in zip(
+        wide, narrow, strict=True
+    ):
+        assert values == values2
+        assert {key: (1 if key[1] == "fc8" else 2) * count for key, count in size2.items()} == size
+        # bfloat16 has 8 bits: 2^-9 relative for what crosses; DESIGN's row of reduced precision is 2e-2
+        assert 0 < (logits2 - logits).abs().max() < 2e-2 * logits.abs().max()
+        for name, gradient in gradients.items():
+            assert (gradients2[name] - gradient).norm() < 2e-2 * gradient.norm(), name
+
+
+def test_under_autocast_what_crosses_is_bf16_already() -> None:
+    for _, _, size, values in run(step, 2, None, "bf16"):
+        assert size == {key: 2 * count for key, count in values.items()}
+
+
+def wire_of(rank: int, flag: str) -> torch.dtype | None:
+    context = init_parallel(
+        Config(model=small(), run=RunConfig(device="cpu", exchange_precision=flag))
+    )
+    try:
+        return context.build_model(small(), seed=0).link.wire
+    finally:
+        context.close()
+
+
+def test_the_flag_decides_what_the_link_sends() -> None:
+    assert run(wire_of, 2, "same") == [None] * 2 and run(wire_of, 2, "bf16") == [torch.bfloat16] * 2
+
+
+def late_peer(rank: int) -> tuple[float, float]:
+    with process_group():
+        link = GroupLink(dist.group.WORLD)
+        if rank == 1:
+            time.sleep(0.3)
+        arrive = link.start_exchange("conv3", [torch.ones(2, 3)])
+        if rank == 1:
+            time.sleep(0.2)  # work beside the transfer
+        arrive()
+        return link.meter.exposed_seconds[TRAINING], link.meter.in_flight_seconds[TRAINING]
+
+
+def test_the_meter_tells_waiting_from_what_is_hidden_behind_work() -> None:
+    (waited, under_way), (waited_late, under_way_late) = run(late_peer, 2)
+    assert 0.2 < waited <= under_way  # its peer was 0.3 s late, and it had nothing else to do
+    assert waited_late < 0.15 and under_way_late >= 0.2  # all was there when it asked

@@ -1,0 +1,351 @@
+"""Whole runs on generated images: the same on two ranks and on one, resumed or not, with every file that the README promises."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import RanksFailed
+from ranks import run as run_ranks
+from small_nets import SMALL
+
+from alexnet_mp import Config
+from alexnet_mp.cli.parser import UsageError, parse_train
+from alexnet_mp.training import checkpoint
+from alexnet_mp.training import trainer as trainer_module
+from alexnet_mp.training.run import run
+from alexnet_mp.training.trainer import NonFiniteError
+
+
+def history(out: Path) -> list[dict]:
+    """history.jsonl without what the clock says."""
+    return [
+        {k: v for k, v in json.loads(line).items() if "second" not in k}
+        for line in (out / "history.jsonl").read_text().splitlines()
+    ]
+
+
+def one(out: Path, config: Config = SMALL, **changes) -> dict:
+    return run(config.with_fields(out=str(out), **changes))
+
+
+def on_rank(rank: int, config: Config) -> dict:
+    return run(config)
+
+
+def two(out: Path, config: Config = SMALL, ranks: int = 2, **changes) -> dict:
+    return run_ranks(on_rank, ranks, config.with_fields(out=str(out), **changes), timeout=120)[0]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    content = checkpoint.read(path)
+    return content["model"] | {
+        f"velocity {name}": value for name, value in content["velocity"].items()
+    }
+
+
+def assert_equal_files(a: Path, b: Path) -> None:
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run of one process."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    one(out)
+    return out
+
+
+def test_a_run_writes_its_files(finished) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "best.pt",
+        "config.json",
+        "curves.png",
+        "history.jsonl",
+        "last.pt",
+        "result.json",
+    ]
+    result = json.loads((finished / "result.json").read_text())
+    assert list(result) == [
+        "test_loss",
+        "top1",
+        "top5",
+        "best_epoch",
+        "epochs",
+        "steps",
+        "seconds",
+        "images_per_second",
+        "ranks",
+        "device",
+        "precision",
+        "exchange",
+    ]
+    assert (result["epochs"], result["steps"], result["ranks"], result["device"]) == (
+        3,
+        9,
+        1,
+        "cpu",
+    )
+    assert (
+        result["exchange"]["values_per_image"] == {} and 0 <= result["top1"] <= result["top5"] <= 1
+    )
+    lines = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert list(lines[0]) == [
+        "epoch",
+        "step",
+        "lr",
+        "train_loss",
+        "train_top1",
+        "val_loss",
+        "val_top1",
+        "val_top5",
+        "grad_norm",
+        "images_per_second",
+        "seconds",
+    ]
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and [line["step"] for line in lines] == [
+        3,
+        6,
+        9,
+    ]
+    assert (
+        Config.from_dict(json.loads((finished / "config.json").read_text())["config"]).recipe
+        == SMALL.recipe
+    )
+
+
+def test_two_ranks_train_exactly_as_one_device_does(finished, tmp_path) -> None:
+    result = two(tmp_path / "run")
+    ours, theirs = history(tmp_path / "run"), history(finished)
+    for mine, other in zip(ours, theirs, strict=True):
+        norm, other_norm = mine.pop("grad_norm"), other.pop("grad_norm")
+        assert norm == pytest.approx(
+            other_norm, rel=1e-6
+        )  # a sum over ranks of sums over columns: another order
+        assert mine == other  # everything else bit for bit: own half plus peers' half everywhere
+    assert_equal_files(tmp_path / "run" / "last.pt", finished / "last.pt")
+    # 72 images in three epochs, an image sent once to the one peer: 6 maps of 3x3, 4 values after pool5, 24 and 12 classes
+    assert result["exchange"]["values_per_image"] == {
+        "conv3": 6 * 9,
+        "fc6": 4,
+        "fc7": 24,
+        "fc8": 12,
+    }
+    assert result["exchange"]["values_per_image_backward"] == {
+        "conv3": 6 * 9,
+        "fc6": 4,
+        "fc7": 24,
+        "fc8": 0,
+    }
+    assert result["exchange"]["bytes_per_step"] == 32 * 4 * (2 * (54 + 4 + 24) + 12)
+
+
+def test_four_ranks_as_two_copies_train_as_one_device_to_rounding(finished, tmp_path) -> None:
+    result = two(tmp_path / "run", ranks=4)
+    for mine, other in zip(history(tmp_path / "run"), history(finished), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)  # float32 sums over rows in another order
+    assert result["exchange"]["values_per_image"]["conv3"] == 6 * 9
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler for a CPU")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute:UserWarning"
+)  # torch.compile looks at it itself
+def test_two_compiled_ranks_train_as_one_device_to_rounding_and_exchange_the_same(tmp_path) -> None:
+    one(tmp_path / "one", epochs=1)
+    result = two(tmp_path / "two", compile=True, epochs=1)
+    assert history(tmp_path / "two")[0] == pytest.approx(
+        history(tmp_path / "one")[0], rel=1e-4
+    )  # fused operations round otherwise
+    assert result["exchange"]["values_per_image"] == {
+        "conv3": 6 * 9,
+        "fc6": 4,
+        "fc7": 24,
+        "fc8": 12,
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_replayed_as_cuda_graphs_trains_as_one_that_is_not(tmp_path) -> None:
+    for name, graphs in (("plain", False), ("graphs", True)):
+        one(tmp_path / name, device="cuda", cuda_graphs=graphs)
+    for mine, other in zip(history(tmp_path / "graphs"), history(tmp_path / "plain"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-3)  # float32, convolutions chosen anew
+
+
+def test_cuda_graphs_on_a_cpu_are_refused_before_the_images_are_read(tmp_path) -> None:
+    with pytest.raises(
+        ValueError,
+        match="--cuda-graphs: cpu has none; leave the flag out, or give --compile instead",
+    ):
+        one(tmp_path / "run", device="cpu", cuda_graphs=True, data="folder", data_dir="/none")
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    finished, tmp_path, steps: int
+) -> None:
+    out = tmp_path / "run"
+    one(out, max_steps=steps)  # within the first epoch, at its end, within the second
+    one(out, resume=str(out / "last.pt"))
+    assert history(out) == history(finished)
+    assert_equal_files(out / "last.pt", finished / "last.pt")
+    assert_equal_files(out / "best.pt", finished / "best.pt")
+
+
+def test_two_ranks_continue_what_one_device_began_and_the_other_way_round(
+    finished, tmp_path
+) -> None:
+    out = tmp_path / "run"
+    one(out, max_steps=4)
+    two(out, resume=str(out / "last.pt"), max_steps=7)
+    one(out, resume=str(out / "last.pt"))
+    assert_equal_files(out / "last.pt", finished / "last.pt")
+
+
+def test_a_run_that_is_resumed_into_another_folder_takes_its_best_weights_along(
+    finished, tmp_path
+) -> None:
+    one(tmp_path / "first", max_steps=5)
+    one(tmp_path / "second", resume=str(tmp_path / "first" / "last.pt"))
+    assert_equal_files(tmp_path / "second" / "best.pt", finished / "best.pt")
+    (tmp_path / "first" / "best.pt").unlink()
+    with pytest.raises(
+        ValueError, match="best weights so far, of epoch 1, should be beside the checkpoint"
+    ):
+        one(tmp_path / "third", resume=str(tmp_path / "first" / "last.pt"))
+
+
+def test_max_steps_before_the_first_epochs_end_tests_the_current_weights(tmp_path) -> None:
+    result = one(tmp_path / "run", max_steps=2)
+    assert result["best_epoch"] is None and result["steps"] == 2
+    assert not (tmp_path / "run" / "best.pt").exists() and history(tmp_path / "run") == []
+
+
+def test_the_result_is_of_the_best_weights_not_of_the_last(finished) -> None:
+    losses = [line["val_loss"] for line in history(finished)]
+    result = json.loads((finished / "result.json").read_text())
+    assert result["best_epoch"] == losses.index(min(losses)) + 1
+    assert checkpoint.read(finished / "best.pt")["loop"]["epoch"] == result["best_epoch"]
+
+
+def test_a_matplotlib_that_does_not_work_costs_the_picture_only(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("Failed to process string with tex")
+
+    monkeypatch.setattr("alexnet_mp.plotting.curves.draw_curves", broken)
+    one(tmp_path / "run", epochs=1)
+    assert (
+        "curves.png could not be drawn: Failed to process string with tex"
+        in capsys.readouterr().out
+    )
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_folder_with_another_run_is_not_overwritten(finished) -> None:
+    before = (finished / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"holds another run's last.pt.*--resume"):
+        one(finished)
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_other_data_is_refused(finished) -> None:
+    with pytest.raises(
+        ValueError, match=r"--data-dir .*last.pt was trained on other data, \[72, 30, 40\] images"
+    ):
+        one(finished, resume=str(finished / "last.pt"), limit_train=71)
+
+
+@pytest.mark.parametrize("train", [one, two])
+def test_a_loss_that_explodes_stops_all_ranks_and_keeps_the_weights_from_before(
+    tmp_path, train
+) -> None:
+    error = RanksFailed if train is two else NonFiniteError
+    with pytest.raises(
+        error, match=r"step \d+ \(epoch \d\): .* is not finite, so the step was not taken"
+    ):
+        train(tmp_path / "run", lr=1e20)
+    assert all(
+        torch.isfinite(value).all()
+        for value in checkpoint.read(tmp_path / "run" / "last.pt")["model"].values()
+    )
+
+
+def test_ranks_that_were_given_different_flags_are_told_so(tmp_path) -> None:
+    with pytest.raises(
+        RanksFailed, match="rank 1 differs from rank 0 in seed: 0 on rank 0, 1 on rank 1"
+    ):
+        run_ranks(with_own_seed, 2, SMALL.with_fields(out=str(tmp_path / "run")))
+
+
+def with_own_seed(rank: int, config: Config) -> dict:
+    return run(config.with_fields(seed=rank))
+
+
+def test_a_run_that_was_stopped_within_a_validation_continues_with_it(tmp_path) -> None:
+    config = SMALL.with_fields(limit_val=50)  # two batches: it can be left between them
+    out, whole, epochs = tmp_path / "run", tmp_path / "whole", []
+    one(whole, config)
+
+    def stop_in_the_second_validation(trainer) -> None:
+        def evaluate(*arguments, **options):
+            epochs.append(trainer.epoch)
+            trainer.stop_requested = len(epochs) == 2
+            return original(*arguments, **options)
+
+        original = trainer_module.evaluate
+        monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        result = run(config.with_fields(out=str(out)), stop_in_the_second_validation)
+    assert (
+        result == {"stopped": True, "out": str(out)}
+        and checkpoint.read(out / "last.pt")["loop"]["batch"] == 3
+    )
+    one(out, config, resume=str(out / "last.pt"))
+    assert history(out) == history(whole)  # the rate of the epoch's last step too
+    assert_equal_files(out / "last.pt", whole / "last.pt")
+
+
+def test_a_run_that_saves_every_step_and_keeps_epochs_ends_as_one_that_does_not(
+    finished, tmp_path
+) -> None:
+    out = tmp_path / "run"
+    one(out, save_every=1, keep_checkpoints=2, max_steps=5)
+    one(out, save_every=1, keep_checkpoints=2, resume=str(out / "last.pt"))
+    assert history(out) == history(finished)
+    assert_equal_files(out / "last.pt", finished / "last.pt")
+    assert [path.name for path in checkpoint.epoch_files(out)] == ["epoch-0003.pt", "epoch-0002.pt"]
+    assert checkpoint.read(out / "epoch-0002.pt")["loop"]["step"] == 6
+
+
+def test_what_a_kill_between_two_files_left_out_is_made_up_for_at_resume(
+    finished, tmp_path
+) -> None:
+    out = tmp_path / "run"
+    one(out, keep_checkpoints=2, epochs=1)
+    for name in ("best.pt", "epoch-0001.pt"):
+        (out / name).unlink()
+    one(out, keep_checkpoints=2, resume=str(out / "last.pt"), epochs=2)
+    assert [path.name for path in checkpoint.epoch_files(out)] == ["epoch-0002.pt", "epoch-0001.pt"]
+    assert_equal_files(
+        out / "best.pt", out / f"epoch-000{checkpoint.read(out / 'best.pt')['loop']['epoch']}.pt"
+    )
+
+
+def test_a_damaged_last_checkpoint_is_refused_with_the_one_to_go_back_to(tmp_path) -> None:
+    out = tmp_path / "run"
+    one(out, keep_checkpoints=3)
+    for name in ("last.pt", "epoch-0003.pt", "best.pt"):
+        (out / name).unlink()
+        (out / name).write_bytes(b"damaged")
+    with pytest.raises(
+        UsageError,
+        match=r"last.pt: not a readable checkpoint.*newest good one is .*epoch-0002.pt, of step 6",
+    ):
+        parse_train(["--out", str(out), "--resume"])
