@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 import common
 import torch
 import torch.distributed as dist
-from common import Contestant, Spread, cores, rounded
 from cases import Case
 from cases import Worker as Rank
+from common import Contestant, Spread, cores, rounded
 from tqdm import tqdm
 from tyro.conf import arg
 
@@ -85,7 +85,7 @@ class Pair(Rank):
             1 - self.context.rank,
         )
 
-        def start_exchange() -> None:
+        def swap() -> None:
             for work in dist.batch_isend_irecv(
                 [
                     dist.P2POp(dist.isend, sent, group=group, group_peer=peer),

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import common
-from common import Contestant, ContestantFailed, Spread, cores, rounded
 from cases import FORMATS, ROWS, Case
 from cases import Worker as Rank
+from common import Contestant, ContestantFailed, Spread, cores, rounded
 from tqdm import tqdm
 from tyro.conf import arg
 

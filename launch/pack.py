@@ -50,7 +50,7 @@ def main() -> int:
     )
 
 
-def print_rank0(text: str) -> None:
+def say(text: str) -> None:
     print(text, flush=True)
 
 

@@ -17,8 +17,8 @@ from alexnet_mp.data.transforms import Augment, AugmentParams, needs_statistics
 
 __all__ = [
     "Augment",
-    "Batch",
     "AugmentParams",
+    "Batch",
     "Loader",
     "Splits",
     "Statistics",

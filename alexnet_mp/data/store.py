@@ -24,7 +24,13 @@ from torch import Tensor
 
 from alexnet_mp.data.shard_arrays import open_shelves
 from alexnet_mp.data.statistics import Statistics, Sums, sums_of
-from alexnet_mp.data.store_format import Writer, blocks, open_array, read_header
+from alexnet_mp.data.store_format import (
+    Writer,
+    blocks,
+    open_array,
+    read_header,
+    temporary_path,
+)
 
 FITS = 2 * 10**9
 """Bytes of a resized copy that may be kept in memory."""
