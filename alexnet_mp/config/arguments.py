@@ -177,7 +177,7 @@ class FiguresRequest:
     out: str = ""
     """Folder for the pictures; default: RUN."""
     images: int = 8
-    """Test images in predictions.png and in neighbours.png."""
+    """Test images in predictions.png and in neighbors.png."""
     window: int = 1
     """Epochs that each point of a curve is the mean of."""
     compare: Annotated[tuple[str, ...], arg(metavar="RUN2")] = ()
