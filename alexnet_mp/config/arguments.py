@@ -166,3 +166,36 @@ class PackRequest:
             else "STORE: name a folder for the packed "
             "images, after SOURCE, or give --check to see what would be packed",
         )
+
+
+@dataclass(frozen=True)
+class FiguresRequest:
+    """Which pictures?"""
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Folder of a run: config.json, history.jsonl, and best.pt or last.pt."""
+    out: str = ""
+    """Folder for the pictures; default: RUN."""
+    images: int = 8
+    """Test images in predictions.png and in neighbors.png."""
+    window: int = 1
+    """Epochs that each point of a curve is the mean of."""
+    compare: Annotated[tuple[str, ...], arg(metavar="RUN2")] = ()
+    """More runs' folders, after RUN: compare.png shows one number of all of them."""
+    key: str = "train_top1"
+    """What compare.png shows, a name in history.jsonl; accuracies as errors."""
+    target: float | None = None
+    """Horizontal line in compare.png, e.g. 0.25; the legend says after how many epochs each run reached it."""
+    data_dir: str = ""
+    """Where the images are; default: where they were in training."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    threads: int = 0
+    """CPU threads; 0: all cores."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write what is to be seen into this file too, in numbers; -: to the standard output, and nothing else there."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")

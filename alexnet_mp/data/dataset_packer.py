@@ -18,6 +18,7 @@ from alexnet_mp.data import image_folder, store_format
 from alexnet_mp.data.decode import SIDE
 from alexnet_mp.data.image_folder import SPLITS, Listing
 from alexnet_mp.data.shard_writer import Packing, cores, decoded, pack_split, packed_files, quiet
+from alexnet_mp.data.val_labels import read_labels
 
 try:
     import fcntl
@@ -51,7 +52,7 @@ def list_source(
     if val_labels is not None:
         if not (root / "val").is_dir():
             raise ValueError(f"--val-labels {val_labels}: there is no folder {root / 'val'}")
-        labels = val_labels.read_labels(val_labels, root / "val", classes, val_synsets)
+        labels = read_labels(val_labels, root / "val", classes, val_synsets)
         listings["val"] = image_folder.list_flat(root / "val", classes, labels, val_labels)
     elif val_synsets is not None:
         raise ValueError(

@@ -40,7 +40,7 @@ def tiny(tmp_path, monkeypatch, cache) -> list[str]:
 
 def call(module, argv: list[str], monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", [module.__file__, *argv])
-    assert module.is_rank0() == 0
+    assert module.main() == 0
 
 
 def test_each_claims_networks_differ_in_what_is_claimed_and_nothing_else() -> None:

@@ -162,7 +162,7 @@ def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int]:
                 work()
             dist.barrier()
 
-        splits = load(DataConfig(data="folder", data_dir=root), 5, alone)
+        splits = load(DataConfig(data="folder", data_dir=root), 5, run_once_per_host)
     return levels(splits.val), len(packed)
 
 
