@@ -112,12 +112,12 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="a folder, not a checkpoint; name a file"):
         checkpoint.read(tmp_path)
     (tmp_path / "last.pt").touch()
-    with pytest.raises(ValueError, match="did you mean .*last.pt"):
+    with pytest.raises(ValueError, match=r"did you mean .*last\.pt"):
         checkpoint.read(tmp_path)
     (tmp_path / "best.pt").touch()
-    with pytest.raises(ValueError, match="did you mean .*best.pt"):
+    with pytest.raises(ValueError, match=r"did you mean .*best\.pt"):
         checkpoint.read(tmp_path)
-    with pytest.raises(ValueError, match="did you mean .*last.pt"):  # where a run goes on
+    with pytest.raises(ValueError, match=r"did you mean .*last\.pt"):  # where a run goes on
         checkpoint.read(tmp_path, usual="last.pt")
 
 
