@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py and benchmarks/paper_vs_source.py on tiny networks: what they train, keep and say."""
+"""benchmarks/ablations.py and paper_vs_source.py on tiny networks: the runs, files and tables."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ claims, readings = script("ablations"), script("paper_vs_source")
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch, cache) -> list[str]:
-    """Flags for a moment's training on a folder of twenty images, with a network of some thousand weights."""
+    """Flags for a moment's training of a tiny network on a folder of twenty images."""
     folder = make_folder(tmp_path / "images")
 
     def small(name: str):

@@ -134,8 +134,16 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypat
 def test_a_missing_file_and_a_folder_are_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none.pt: no such checkpoint"):
         checkpoint.read(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="did you mean"):
+    with pytest.raises(ValueError, match="a folder, not a checkpoint; name a file"):
         checkpoint.read(tmp_path)
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(ValueError, match=r"did you mean .*last\.pt"):
+        checkpoint.read(tmp_path)
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(ValueError, match=r"did you mean .*best\.pt"):
+        checkpoint.read(tmp_path)
+    with pytest.raises(ValueError, match=r"did you mean .*last\.pt"):  # where a run goes on
+        checkpoint.read(tmp_path, usual="last.pt")
 
 
 class Hostile:
