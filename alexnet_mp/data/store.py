@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet_mp.config.files import temporary_path
 from alexnet_mp.data.shard_arrays import open_shelves
 from alexnet_mp.data.statistics import Statistics, Sums, sums_of
 from alexnet_mp.data.store_format import (
@@ -29,7 +30,6 @@ from alexnet_mp.data.store_format import (
     blocks,
     open_array,
     read_header,
-    temporary_path,
 )
 
 FITS = 2 * 10**9
