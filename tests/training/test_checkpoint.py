@@ -109,8 +109,16 @@ def test_a_write_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch) -> 
 def test_a_missing_file_and_a_folder_are_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none.pt: no such checkpoint"):
         checkpoint.read(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="did you mean"):
+    with pytest.raises(ValueError, match="a folder, not a checkpoint; name a file"):
         checkpoint.read(tmp_path)
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(ValueError, match=r"did you mean .*last\.pt"):
+        checkpoint.read(tmp_path)
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(ValueError, match=r"did you mean .*best\.pt"):
+        checkpoint.read(tmp_path)
+    with pytest.raises(ValueError, match=r"did you mean .*last\.pt"):  # where a run goes on
+        checkpoint.read(tmp_path, usual="last.pt")
 
 
 class Hostile:
