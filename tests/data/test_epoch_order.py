@@ -11,7 +11,7 @@ from image_sets import make_folder, random_store
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer, epoch_order
-from alexnet_mp.data.epoch_order import ReadAhead, BLOCK_SIZE, SHUFFLE_WINDOW, block_order
+from alexnet_mp.data.epoch_order import BLOCK_SIZE, SHUFFLE_WINDOW, ReadAhead, block_order
 from alexnet_mp.data.shard_writer import Packing
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from ranks import run
 
-from alexnet_mp.data import Augment, Loader, Store, store_format
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import mapping
+from alexnet_mp.data import Augment, Loader, Store, mapping, store_format
 from alexnet_mp.data.mapping import map_file, release, will_need
 
 SHARDS = 300

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Augment, AugmentParams, Statistics
-from alexnet_mp.data.transforms import color_axes, batched_crop
 from alexnet_mp.config.presets import preset
+from alexnet_mp.data import Augment, AugmentParams, Statistics
+from alexnet_mp.data.transforms import batched_crop, color_axes
 
 IMAGENET_SD = torch.tensor([19.7208, 37.0939, 121.7801], dtype=torch.float64)
 IMAGENET_AXES = torch.tensor(
