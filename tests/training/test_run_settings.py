@@ -111,10 +111,10 @@ def test_a_resume_keeps_the_loss_scale_of_fp16(tmp_path) -> None:
     one = prepared(config)
     one.trainer.loss_scale.scale, one.trainer.loss_scale.good_steps = 8.0, 3
     one.train_and_test()
-    one.lock.release()
+    one.folder.release()
     other = prepared(config, resume=str(tmp_path / "run" / "last.pt"))
     other.train_and_test()  # its steps have been done
-    other.lock.release()
+    other.folder.release()
     scale = other.trainer.loss_scale
     assert (scale.scale, scale.good_steps) == (8.0, 4)
 
