@@ -17,7 +17,7 @@ from alexnet_mp.ops import cpu_kernels
 from alexnet_mp.ops.compile import compile_network
 from alexnet_mp.ops.response_norm import slow_norm
 from alexnet_mp.parallel.context import ParallelContext, describe, init_parallel
-from alexnet_mp.parallel.rendezvous import restarts
+from alexnet_mp.parallel.rendezvous import code_version, restarts
 from alexnet_mp.training import checkpoint, run_messages
 from alexnet_mp.training.input_checks import check_alike
 from alexnet_mp.training.metrics import Scores
@@ -162,9 +162,12 @@ class Run:
         return Path(config.run.out or f"runs/{config.preset}-{config.data.data}-{now}")
 
     def _open_folder(self) -> None:
+        import alexnet_mp  # its own version; when this module is imported, it is not complete yet
+
+        version = {"alexnet_mp": alexnet_mp.__version__, "code": code_version()}
         content = {
             "config": self.config.to_dict(),
-            "environment": describe(self.context),
+            "environment": version | describe(self.context),
             "data": self.data,
         }
         self.context.run_on_rank0(lambda: self.folder.open(content, bool(self.config.run.resume)))
