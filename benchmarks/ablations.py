@@ -2,10 +2,11 @@
 """The paper's claims, measured: trains pairs of networks that differ in one thing.
 
     python benchmarks/ablations.py --data folder --data-dir DIR --epochs 20 --seeds 3
-    python benchmarks/ablations.py --quick            every pair for a moment: shows that all of it runs, not that it is true
+    python benchmarks/ablations.py --quick     trains every pair for a moment
 
-Runs are kept in --out and found again, so a longer call (more seeds, more claims) trains only what is missing, and a call
-that was stopped goes on where it stopped. One process on one device. `--help` lists the flags.
+Runs are kept in --out and found again, so a longer call (more seeds, more claims) trains only the
+missing ones, and a call that was stopped goes on where it stopped. One process on one device.
+`--help` lists the flags.
 """
 
 from __future__ import annotations
@@ -34,21 +35,24 @@ from alexnet_mp.plotting.curves import compare_curves, epochs_to
 from alexnet_mp.training.run import run
 from alexnet_mp.training.trainer import NonFiniteError, Trainer
 
-DESCRIPTION = """Trains pairs that differ in one thing and puts the difference beside the paper's: ReLU and tanh, LRN, overlapping pooling,
-two columns and one, talking and isolated columns, color noise, ten views, the paper's initialization and the source's."""
+DESCRIPTION = """Trains pairs that differ in one thing and prints the difference beside the
+paper's: ReLU and tanh, LRN, overlapping pooling, two columns and one, talking and isolated columns,
+color noise, ten views, the initialization of the paper and of the source."""
 TARGET = 0.25  # training error, P figure 1
 SPEED, POINTS, VIEWS = "speed", "points", "views"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: the network that has it, what is changed for the one that has not, and what is compared."""
+    """One claim: the network that has the feature, the changes that remove it, and the measure."""
 
     name: str
     text: str
     paper: str  # the paper's figure, or the source's where the paper has none
     without: dict[str, Any]  # fields of the network that lacks it
-    measure: str = POINTS  # top-1 and top-5 error on the test images; SPEED: epochs to TARGET; VIEWS: one net, tested twice
+    # POINTS: top-1 and top-5 error on the test images; SPEED: epochs to TARGET; VIEWS: one net,
+    # tested with one view and with ten.
+    measure: str = POINTS
     base: str = ""  # preset of both; default: the request's
 
 
@@ -116,11 +120,13 @@ class ClaimsRequest:
     image_size: int = 64
     """Side of the crop; the paper's is 224. The four-layer net always sees 32."""
     epochs: int = 20
-    """Passes over the training images, to which schedules are scaled. --claims relu: the most, a run ends at the target."""
+    """Passes over the training images, to which schedules are scaled. With --claims relu it is the
+    upper limit: a run ends at the target."""
     seeds: int = 3
     """Each pair is trained with the seeds 0 to N - 1."""
     rates: tuple[float, ...] = (0.001, 0.003)
-    """Learning rates of the four-layer net for --claims relu; the fastest counts, for each of the two by itself, as in the paper."""
+    """Learning rates of the four-layer net for --claims relu. Each net counts with its fastest one,
+    as in the paper."""
     limit_train: int = 0
     """Use the first N training images, after the seeded shuffle; 0: all."""
     limit_test: int = 0
@@ -136,7 +142,7 @@ class ClaimsRequest:
     out: str = "runs/ablations"
     """Folder for the runs, the table (ablations.json) and the picture (relu.png)."""
     quick: bool = False
-    """A few hundred steps on generated images, one seed: a smoke run, some minutes on two cores. No verdict."""
+    """Train a few hundred steps on generated images with one seed: some minutes, no verdict."""
     json: Annotated[str, arg(metavar="FILE")] = ""
     """Write the table into this file too; -: to the standard output, and nothing else there."""
 
@@ -144,7 +150,8 @@ class ClaimsRequest:
         unknown = [name for name in self.claims if name not in {claim.name for claim in CLAIMS}]
         if unknown:
             raise ValueError(
-                f"--claims {' '.join(unknown)}: not one of {' '.join(claim.name for claim in CLAIMS)}"
+                f"--claims {' '.join(unknown)}: not one of "
+                f"{' '.join(claim.name for claim in CLAIMS)}"
             )
         for name in ("epochs", "seeds"):
             if getattr(self, name) < 1:
@@ -212,7 +219,8 @@ class Training:
             for part in ("model", "data", "recipe")
         ):
             raise ValueError(
-                f"--out {self.folder.parent}: {self.folder.name} is of other settings; name another folder"
+                f"--out {self.folder.parent}: {self.folder.name} is of other settings; name "
+                "another folder"
             )
         return (
             (self.folder / "result.json").exists()
@@ -268,7 +276,7 @@ class Training:
 def trainings(
     claim: Claim, request: ClaimsRequest, seed: int
 ) -> tuple[list[Training], list[Training]]:
-    """What the claim needs for one seed: with it, without it (several where the best of several rates counts)."""
+    """Returns the runs of one seed with the feature and without it (one for each rate tried)."""
 
     def one(name: str, until: float = 0.0, **changes: Any) -> Training:
         return Training(
@@ -297,7 +305,7 @@ def trainings(
 
 
 def measured(claim: Claim, request: ClaimsRequest) -> dict[str, Any]:
-    """One row of the table; differences are those of the paper's direction, negative errors better."""
+    """Returns one row of the table. Differences have the paper's direction: negative is better."""
     pairs = [trainings(claim, request, seed) for seed in range(request.seeds)]
     row = {"claim": claim.name, "text": claim.text, "paper": claim.paper, "seeds": request.seeds}
     if claim.measure == SPEED:
@@ -362,7 +370,8 @@ def line(row: dict[str, Any], quick: bool) -> str:
 
 
 def draw_relu(request: ClaimsRequest) -> None:
-    """Training error over epochs, of both nets at their fastest rate, seed 0, as the paper's figure 1."""
+    """Draws training error over epochs of both nets at their fastest rate, as the paper's figure
+    1."""
     claim = next(claim for claim in CLAIMS if claim.measure == SPEED)
     sides = zip(("ReLU", "tanh"), trainings(claim, request, 0), strict=True)
     best = {
@@ -400,7 +409,8 @@ def main() -> int:
     request = request.shortened() if request.quick else request
     with printing_json(request.json) as write:
         print(
-            f"{request.preset} at {request.image_size} px on {request.data}, {request.epochs} epochs, {request.seeds} seed(s), {request.precision}"
+            f"{request.preset} at {request.image_size} px on {request.data}, {request.epochs} "
+            f"epochs, {request.seeds} seed(s), {request.precision}"
             + (": A SMOKE RUN, its figures mean nothing" if request.quick else ""),
             flush=True,
         )

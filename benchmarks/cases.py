@@ -1,4 +1,4 @@
-"""The contestants of throughput.py: which networks, on how many ranks, and the one step that all of them are timed in."""
+"""The rows of throughput.py: the networks, their number of ranks, and the step that is timed."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class Case:
     compile: str = "no"  # or yes, or cuda-graphs
 
     def model(self, row: str) -> ModelConfig:
-        """Of our rows: the paper's network; the half net is one column of it that reads only itself."""
+        """Returns the paper's network; for `half` one of its columns, which reads only itself."""
         config = preset("paper").with_fields(image_size=self.image_size, classes=self.classes).model
         return Config(model=config).with_fields(columns=1).model if row == "half" else config
 
 
 class PlainTranscription(nn.Module):
-    """The paper's network as one would write it down: two groups where it has two GPUs, and torch's own norm."""
+    """The paper's network written down plainly: groups=2 for the two GPUs, and torch's own norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Worker:
         return common.peak_memory(self.device)
 
     def run(self, steps: int) -> dict[str, float]:
-        """Seconds that `steps` steps take, seconds of them spent waiting for the peer, and bytes sent to it."""
+        """Returns seconds of `steps` steps, seconds spent waiting for the peer, and bytes sent."""
         meter = self.context.meter
         sent, waited = meter.total_bytes(), meter.exposed_seconds[TRAINING]
         common.synchronize(self.device)

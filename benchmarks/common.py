@@ -1,7 +1,7 @@
-"""What the benchmarks share: processes that take turns, what the machine is, medians, tables and the JSON at the end.
+"""Shared by the benchmarks: processes that take turns, medians, tables, the JSON line at the end.
 
-Contestants live in processes of their own, all at once, and one is asked at a time: rounds A B C A B C meet the same drift
-of the machine, and whoever is not asked is blocked in a pipe, which costs nothing.
+All contestants live in processes of their own, and one is asked at a time: rounds A B C A B C meet
+the same drift of the machine, and whoever is not asked is blocked in a pipe, which costs nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class ContestantFailed(RuntimeError):
 
 
 class Contestant:
-    """`ranks` processes that each hold a `factory(rank, ranks, port, *arguments)` and do as they are asked.
+    """`ranks` processes that each hold a `factory(rank, ranks, port, *arguments)` and obey `ask`.
 
-    `factory` stands at the top level of a module; `port` is free for a rendezvous of these ranks. Used as a context
-    manager, which ends the processes.
+    `factory` stands at the top level of a module; `port` is free for a rendezvous of these ranks.
+    Used as a context manager, which ends the processes.
     """
 
     def __init__(self, factory: Callable[..., Any], ranks: int, *arguments: Any) -> None:
@@ -54,7 +54,8 @@ class Contestant:
             self.processes.append(process)
 
     def ask(self, what: str, *arguments: Any) -> list[Any]:
-        """What the method `what` returns on each rank, called on all of them at once. Raises ContestantFailed."""
+        """Calls the method `what` on all ranks at once; returns their results or raises
+        ContestantFailed."""
         for pipe in self.pipes:
             pipe.send((what, arguments))
         answers = []
@@ -105,7 +106,8 @@ def _serve(
             pipe.send(
                 (
                     False,
-                    f"rank {rank}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+                    f"rank {rank}: {type(error).__name__}: "
+                    f"{(str(error).splitlines() or [''])[0][:200]}",
                 )
             )
 
@@ -148,7 +150,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """From now on `peak_memory` means the time from now on (on a CPU without Linux's /proc: since the process began)."""
+    """Resets `peak_memory` (on a CPU without Linux's /proc it counts from the start of the
+    process)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -195,11 +198,20 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 def describe(place: dict[str, Any]) -> str:
     """The machine in a line, with a warning where it is busy."""
-    line = f"{place['device_name']}, {place['cores']} cores, {place['threads_in_all']} threads in all, torch {place['torch']}"
+    line = (
+        f"{place['device_name']}, {place['cores']} cores, {place['threads_in_all']} threads "
+        f"in all, torch {place['torch']}"
+    )
     if place["tf32"]:
-        line += f", TF32 {'on' if place['tf32']['matmul'] else 'off'} in products, {'on' if place['tf32']['cudnn'] else 'off'} in convolutions"
+        line += (
+            f", TF32 {'on' if place['tf32']['matmul'] else 'off'} in products, "
+            f"{'on' if place['tf32']['cudnn'] else 'off'} in convolutions"
+        )
     if place["load_before"] > 0.5:
-        line += f"\nNOTE: the machine was not idle when this began (load {place['load_before']:g}): the figures are not to be quoted"
+        line += (
+            "\nNOTE: the machine was not idle when this began (load "
+            f"{place['load_before']:g}): the figures are not to be quoted"
+        )
     return line
 
 
@@ -227,7 +239,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def finish(result: dict[str, Any], target: str) -> None:
-    """The JSON line that ends every benchmark, and the same in the file `target`, if one is named."""
+    """Prints the JSON line that ends every benchmark, and writes it to `target` if that is
+    named."""
     text = json.dumps(result)
     if target and target != "-":
         Path(target).write_text(text + "\n", encoding="utf-8")

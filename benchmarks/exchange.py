@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""The exchange between two ranks: latency and bandwidth against raw torch.distributed, bytes against data parallelism's gradients.
+"""Times the exchange between two ranks against raw torch.distributed, and counts bytes.
 
     python benchmarks/exchange.py [--batch-size 128] [--image-size 224] [--device cpu]
 
-Both directions at once, as at a crossing. `ours` is the link's own start and wait, `raw` is batch_isend_irecv on buffers
-made beforehand. Bytes are counted while one training step of the paper's net runs: ours by the link's meter, data
-parallelism's in the hook through which DistributedDataParallel reduces its gradients. The last line is JSON.
+Both directions run at once, as at a crossing. `ours` is the link's own start and wait, `raw` is
+batch_isend_irecv on buffers made beforehand. Bytes are counted during one training step of the
+paper's net: ours by the link's meter, data parallelism's in the hook through which
+DistributedDataParallel reduces its gradients. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Request:
     def __post_init__(self) -> None:
         check(
             self.batch_size >= 2 and self.rounds >= 1,
-            f"--batch-size {self.batch_size} --rounds {self.rounds}: two images and one round, or more",
+            f"--batch-size {self.batch_size} --rounds {self.rounds}: two images and one round, "
+            "or more",
         )
         check(
             self.image_size >= 64,
@@ -76,7 +78,7 @@ class Pair(Rank):
         return self._timed(lambda: Transfer([x], link).wait())
 
     def raw(self, numel: int) -> float:
-        """The same with torch.distributed alone; from the host's memory, where the backend sends from there only."""
+        """Times raw torch.distributed, from host memory where the backend sends only from there."""
         group = self.context.mesh["column"].get_group()
         where = "cpu" if self.context.backend == "gloo" else self.device
         sent, received, peer = (
@@ -105,7 +107,10 @@ class Pair(Rank):
         return time.perf_counter() - start
 
     def gradient_bytes(self) -> int:
-        """What a rank sends in one data-parallel step: an all-reduce of n bytes over r ranks takes 2 (r - 1) / r n from each."""
+        """Returns the bytes that a rank sends in one data-parallel step.
+
+        An all-reduce of n bytes over r ranks takes 2 (r - 1) / r n from each.
+        """
         reduced: list[int] = []
 
         def hook(group: dist.ProcessGroup, bucket: Any) -> Any:
@@ -154,7 +159,10 @@ def transfers(pair: Contestant, rounds: int) -> list[dict[str, Any]]:
 
 
 def least_values_per_image(config: ModelConfig) -> int:
-    """Values that one of two ranks must send for an image: each crossing's inputs there and their gradients back; fc8's logits there only."""
+    """Returns the values that one of two ranks must send for an image.
+
+    Each crossing's inputs travel there and their gradients back; the logits of fc8 travel once.
+    """
     rows = {row["layer"]: row["output"] for row in layer_table(config) if row["column"] == 0}
     height, width = rows["conv3"][1:]
     pooled = config.map_sizes()["fc6"]
@@ -204,10 +212,12 @@ def show(rows: list[dict[str, Any]], counted: dict[str, Any]) -> str:
         [
             common.table(head, lines),
             "",
-            f"one training step at batch {counted['batch_size']}: each rank sends {counted['bytes_per_step']:,} bytes "
+            f"one training step at batch {counted['batch_size']}: each rank sends "
+            f"{counted['bytes_per_step']:,} bytes "
             f"(the least that the layout allows: {counted['least_bytes_per_step']:,})",
             f"data parallelism's gradients: {counted['bytes_per_step_data_parallel']:,} bytes, "
-            f"{counted['ratio_data_parallel_to_ours']:.1f} times as much; they are level at batch {counted['batch_size_of_equal_bytes']:,}",
+            f"{counted['ratio_data_parallel_to_ours']:.1f} times as much; they are level at "
+            f"batch {counted['batch_size_of_equal_bytes']:,}",
         ]
     )
 

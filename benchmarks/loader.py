@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""How fast are images packed and loaded, beside what people have: Pillow in a loop, torchvision's ImageFolder in a DataLoader?
+"""Times packing against Pillow in a loop, and loading against torchvision's ImageFolder.
 
-    python benchmarks/loader.py                                                  500 drawn photographs of 500x375
+    python benchmarks/loader.py     500 drawn photographs of 500x375
     python benchmarks/loader.py --data-dir ../shared/data/imagenet-samples.tar --repeat 44
     python benchmarks/loader.py --quick --json result.json
 
-Loading: batches of 128 crops of 227, mirrored, float32, mean image subtracted, with the same number of workers (their processes, our
-threads) on both sides. Packing: one thread on both sides, by processor time. Passes take turns (A B C A B C ...); medians with the
-smallest and the largest. The last line is JSON.
+Loading: batches of 128 crops of 227, mirrored, float32, mean image subtracted, with the same number
+of workers (their processes, our threads) on both sides. Packing: one thread on both sides, by
+processor time. Passes take turns (A B C A B C ...); medians with the smallest and the largest. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from alexnet_mp.data.transforms import color_axes  # noqa: E402
 BATCH, CROP, SIDE = 128, 227, 256
 DRAWN, QUICK = 500, 256
 THEIRS = 1024
-"""Images of a pass of the slower side: enough for seconds of work, so that ours, which takes all, need not wait for minutes."""
+"""Images of a pass of the slower side: seconds of work. Our side takes all images in a pass."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Request:
     workers: int = 0
     """Processes of the DataLoader, threads of ours; 0: one for each core."""
     cold: bool = False
-    """Drop the files from the page cache before every pass; otherwise everything has just been read."""
+    """Drop the files from the page cache before every pass; otherwise they are cached."""
     quick: bool = False
     """Fewer images and passes."""
     json: Annotated[str, arg(metavar="FILE")] = ""
@@ -78,11 +79,12 @@ class Request:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
 
 
-# ---- the images ------------------------------------------------------------------------------------------------------------
+# ---- the images ----------------------------------------------------------------------------------
 
 
 def draw(count: int, folder: Path) -> list[Path]:
-    """Photograph-like JPEGs: noise, smooth at every scale, the coarser the stronger; of 500x375, about 110 kB like ImageNet's."""
+    """Draws JPEGs that resemble photographs: noise that is smooth at every scale, stronger where
+    coarser; at 500x375 a file has about 110 kB, like ImageNet's."""
     rng, files = np.random.default_rng(0), []
     for number in tqdm(
         range(count), "drawing photographs", unit=" images", leave=False, disable=None
@@ -133,7 +135,7 @@ def arrange(files: list[Path], repeat: int, folder: Path) -> list[Path]:
     return sorted(links)
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------------
+# ---- the contestants -----------------------------------------------------------------------------
 
 
 class PaperTransform:
@@ -222,7 +224,7 @@ def our_packing(folder: Path, target: Path) -> Callable[[], int]:
     return run
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------------
+# ---- the measurement -----------------------------------------------------------------------------
 
 
 def take_turns(
@@ -340,11 +342,16 @@ def measure(request: Request, folder: Path) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"{result['images']:,} images ({result['photographs']}), {result['workers']} workers on {result['cores']} cores, {result['cache']} page "
-        f"cache; torch {result['versions']['torch']}, Pillow {result['versions']['pillow']}; images a second and core, median (least to most)"
+        f"{result['images']:,} images ({result['photographs']}), {result['workers']} workers on "
+        f"{result['cores']} cores, {result['cache']} page "
+        f"cache; torch {result['versions']['torch']}, Pillow {result['versions']['pillow']}; "
+        "images a second and core, median (least to most)"
     )
     for line in result["rows"]:
-        yield f"  {line['name']:<48}{line['images_per_second_per_core']:>8,.0f}   ({line['least']:,.0f} to {line['most']:,.0f})"
+        yield (
+            f"  {line['name']:<48}{line['images_per_second_per_core']:>8,.0f}   "
+            f"({line['least']:,.0f} to {line['most']:,.0f})"
+        )
     yield f"raw store to ImageFolder   {result['ratio_store_to_imagefolder']:.1f}"
     yield f"JPEG store to ImageFolder  {result['ratio_jpeg_store_to_imagefolder']:.1f}"
     yield f"packing to Pillow          {result['pack_ratio_to_pillow']:.2f}"

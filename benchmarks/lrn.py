@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Our response normalization against torch.nn.LocalResponseNorm: forward and backward, seconds and extra memory.
+"""Times our response normalization against torch.nn.LocalResponseNorm, forward and backward.
 
     python benchmarks/lrn.py [--batch-size 128] [--precision fp32 bf16] [--threads 1]
 
-The shapes are those of one column of the paper's net: 48 x 55 x 55 after conv1, 128 x 27 x 27 after conv2. `copies` says
-how often the same tensor could have been copied meanwhile; forward and backward have five to read or write, which is 2.5
-copies. Extra memory is the peak beyond input, output and both gradients, in activations. The last line is JSON.
+The shapes are those of one column of the paper's net: 48 x 55 x 55 after conv1, 128 x 27 x 27 after
+conv2. `copies` says how often the same tensor could have been copied meanwhile; forward and
+backward read or write five tensors, which is 2.5 copies. Extra memory is the peak beyond input,
+output and both gradients, in activations. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ def measure(request: Request, device: torch.device) -> list[dict[str, Any]]:
 
 
 def headline(rows: list[dict[str, Any]]) -> float | None:
-    """The smaller of the two layers' ratios in float32 (or the first precision measured), each side in its own best memory format."""
+    """Returns the smaller of the two layers' ratios in float32 (or the first precision measured),
+    each side in its best memory format."""
     precision = "fp32" if any(row["precision"] == "fp32" for row in rows) else rows[0]["precision"]
     ratios = []
     for layer in SHAPES:

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""The paper's words against the 2012 source: where their losses part in the first steps, and which difference it is.
+"""Trains the paper's words and the 2012 source side by side, and finds the difference that matters.
 
     python benchmarks/paper_vs_source.py --data folder --data-dir DIR --steps 600
-    python benchmarks/paper_vs_source.py --classes 1000 --steps 600                  on generated images of 1000 classes
+    python benchmarks/paper_vs_source.py --classes 1000 --steps 600     1000 generated classes
 
-Trains `paper`, `original`, `paper` with one difference taken over from `original`, and `original` with one given back, each
-from the same seed on the same images. One process on one device. `--help` lists the flags.
+Trains `paper`, `original`, `paper` with one difference taken over from `original`, and `original`
+with one given back, each from the same seed on the same images. One process on one device. `--help`
+lists the flags.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from alexnet_mp.training.schedule import build_schedule
 from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.trainer import NonFiniteError
 
-DESCRIPTION = """Trains the paper to the letter, the 2012 source, and what lies one difference away from either, for some hundred steps;
-draws their losses and says after how many steps each has left ln(classes)."""
+DESCRIPTION = """Trains the paper to the letter, the 2012 source, and every net one difference away
+from either, for some hundred steps; prints when each loss leaves ln(classes), and draws the losses."""
 DIFFERENCES = {
     "start of conv3-5": ("initial_weights",),
     "LRN before ReLU": ("layer1_order",),
@@ -89,7 +90,7 @@ class ReadingsRequest:
     out: str = "readings.png"
     """The picture."""
     json: Annotated[str, arg(metavar="FILE")] = ""
-    """Write the table and all losses into this file too; -: to the standard output, and nothing else there."""
+    """Write the table and all losses into this file too; -: only them, to the standard output."""
 
     def __post_init__(self) -> None:
         for name in ("classes", "steps", "batch_size"):
@@ -134,7 +135,8 @@ def variants(request: ReadingsRequest) -> dict[str, Config]:
 
 
 def generated(classes: int, side: int, seed: int, per_class: int = 16) -> Splits:
-    """Images of `classes` smooth color patterns of their own (8x8 random colors, enlarged), each shifted, dimmed and noisy."""
+    """Draws images of `classes` smooth color patterns (8x8 random colors, enlarged), each image
+    shifted, dimmed and noisy."""
     generator = torch.Generator().manual_seed(seed)
     patterns = F.interpolate(
         torch.rand(classes, 3, 8, 8, generator=generator), size=side, mode="bilinear"
@@ -214,7 +216,7 @@ def row(label: str, losses: list[float], classes: int) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], classes: int, path: str) -> None:
-    """The two readings beside each other, and one panel for what lies one difference away from each."""
+    """Draws both readings in one panel, and the nets one difference away from each in another."""
     panels = [[r for r in rows if r["label"] in ("paper", "original")]]
     panels += [
         group

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Predicts training speed from a device's speed and a link: one device, two columns, copies, and copies of two columns.
+"""Predicts training speed on a device, two columns, copies, and copies of two columns.
 
-    python benchmarks/scaling_model.py --images-per-second 16487 --link pcie4 --between-nodes ethernet-100 --devices-per-node 8
-    python benchmarks/scaling_model.py --check throughput.json --exchange exchange.json       this machine, against what was measured
+    python benchmarks/scaling_model.py --images-per-second 16487 --link pcie4 --devices-per-node 8
+    python benchmarks/scaling_model.py --check throughput.json --exchange exchange.json
 
-A model of four numbers: what a device computes, what it reads and writes to update its weights, and what a link takes
-to begin and to carry. Transfers are hidden behind the work that this package (columns) or DistributedDataParallel
-(copies) has beside them, no further. A table, a plot, and JSON as the last line.
+A model of four numbers: the device's computing speed, the bytes that an update of the weights reads
+and writes, and a link's latency and bandwidth. Transfers are hidden behind the work that this
+package (columns) or DistributedDataParallel (copies) has beside them, no further. A table, a plot,
+and JSON as the last line.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from alexnet_mp.cli.process import run_main
 from alexnet_mp.config import ModelConfig, check
 from alexnet_mp.model.layer_table import layer_table
 
-# Line rates in one direction, of 16 lanes or of all links of an H100, as their standards and makers print them; a start takes what such links
+# Line rates in one direction, of 16 lanes or of all links of an H100, as their standards and makers
+# print them; a start takes what such links
 # usually need. REACHED of the rate is what large messages are taken to get.
 LINKS = {
     "pcie3": (15.75e9, 10e-6),
@@ -41,7 +43,9 @@ REACHED = 0.8
 LinkName = Literal[
     "pcie3", "pcie4", "pcie5", "nvlink", "ethernet-10", "ethernet-25", "ethernet-100"
 ]
-PASSES = 6  # over the weights in an update: gradient written and read, weight and velocity read and written
+# Passes over the weights in an update: gradient written and read, weight and velocity read and
+# written.
+PASSES = 6
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,18 @@ class Request:
     """How fast would it be?"""
 
     images_per_second: float = 16_487.0
-    """What one device trains at --batch-size. Default: the A100's published fp16 figure (of a network without LRN, at batch 3,584)."""
+    """Images/s that one device trains at --batch-size. Default: the published fp16 figure of an
+    A100 (a network without LRN, at batch 3,584)."""
     memory_bandwidth: float = 1555.0
     """GB/s between a device and its memory, for the weights' update. Default: the A100's."""
     batch_size: int = 128
     """Images in a step, over all devices together."""
     scale_batch: bool = False
-    """Keep --batch-size for each copy of the network instead, so that the whole batch grows with the copies."""
+    """Keep --batch-size for each copy of the network, so that the whole batch grows with the
+    copies."""
     value_bytes: int = 2
-    """Bytes of a value that crosses: 2 in half precision, 4 in float32. Gradients of weights travel in float32."""
+    """Bytes of a value that crosses: 2 in half precision, 4 in float32. Weight gradients are
+    float32."""
     link: LinkName = "pcie4"
     """Between devices of a node."""
     bandwidth: float = 0.0
@@ -71,7 +78,8 @@ class Request:
     nodes: int = 16
     """The most nodes in the table."""
     check: Annotated[str, arg(metavar="FILE")] = ""
-    """throughput.py's JSON: its one-device rate is taken for the device, and its other rows are predicted."""
+    """throughput.py's JSON: its one-device rate is the device's, and its other rows are
+    predicted."""
     exchange: Annotated[str, arg(metavar="FILE")] = ""
     """exchange.py's JSON: its latency and bandwidth are taken for the link."""
     plot: Annotated[str, arg(metavar="FILE")] = "plan.png"
@@ -109,7 +117,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Device:
-    """Seconds for one image's forward and backward of the whole network, and for one update of all its weights."""
+    """Returns seconds for one image's forward and backward, and for one update of all weights."""
 
     image: float
     update: float
@@ -148,14 +156,15 @@ class Plan:
         }
 
     def step(self, rows: float, columns: int = 1, copies: int = 1) -> float:
-        """Seconds of a step of `copies` copies of the network, each on `columns` devices with `rows` images."""
+        """Returns seconds of a step of `copies` copies, each on `columns` devices with `rows`
+        images."""
         seconds = (rows * self.device.image + self.device.update) / columns
         if columns > 1:
             seconds += sum(self.exposed(layer, rows) for layer in self.crossing)
         return seconds + self.exposed_gradients(rows, columns, copies)
 
     def exposed(self, layer: str, rows: float) -> float:
-        """What of one crossing, forward and backward, finds no work of its own layer's half to hide behind."""
+        """Returns the seconds of one crossing that its own layer's half does not hide."""
         transfer = self.near.seconds(rows * self.crossing[layer] * self.value_bytes)
         if layer == "fc8":
             return transfer  # a sum at the very end; its gradient is everywhere
@@ -165,7 +174,8 @@ class Plan:
         )  # backward is two of three products
 
     def exposed_gradients(self, rows: float, columns: int, copies: int) -> float:
-        """What of the ring that adds up the copies' gradients outlasts the backward pass of the convolutions behind the classifier."""
+        """Returns the seconds of the gradients' ring beyond the backward pass of the
+        convolutions."""
         if copies == 1:
             return 0.0
         slower = Link(
@@ -214,7 +224,8 @@ def predictions(request: Request, plan: Plan) -> list[dict[str, Any]]:
 
 
 def checked(request: Request, near: Link) -> tuple[list[dict[str, Any]], float]:
-    """What throughput.py measured, beside what is predicted from its one-device row; and that row's rate."""
+    """Returns what throughput.py measured beside the prediction from its one-device row, and its
+    rate."""
     try:
         measured = json.loads(Path(request.check).read_text(encoding="utf-8"))
         rows = {
@@ -230,7 +241,7 @@ def checked(request: Request, near: Link) -> tuple[list[dict[str, Any]], float]:
         raise ValueError(
             f"--check {request.check}: not the JSON of throughput.py with the row `one` in training"
         ) from None
-    # On a CPU one process has all the cores, and a rank its share of them and of the memory: half a device.
+    # On a CPU one process has all cores; a rank has its share of them and of the memory.
     share = 2 if measured["machine"]["device"] == "cpu" else 1
     config = preset("paper").with_fields(classes=one["classes"], image_size=one["image_size"]).model
     batch, bytes_each = one["batch_size"], 4 if one["precision"] == "fp32" else 2
@@ -326,8 +337,10 @@ def main() -> int:
     )
     rows = predictions(request, plan)
     print(
-        f"one device: {request.images_per_second:,.0f} images/s at batch {request.batch_size}; link {near.bandwidth / 1e9:.2f} GB/s, "
-        f"{near.latency * 1e6:.0f} us; batch {'of each copy' if request.scale_batch else 'of all devices together'}"
+        f"one device: {request.images_per_second:,.0f} images/s at batch {request.batch_size}; "
+        f"link {near.bandwidth / 1e9:.2f} GB/s, "
+        f"{near.latency * 1e6:.0f} us; batch "
+        f"{'of each copy' if request.scale_batch else 'of all devices together'}"
     )
     print(
         common.table(
@@ -363,7 +376,8 @@ def main() -> int:
     draw(
         rows,
         request.plot,
-        f"predicted: {near.bandwidth / 1e9:.3g} GB/s in a node of {request.devices_per_node}, {request.between_nodes} between",
+        f"predicted: {near.bandwidth / 1e9:.3g} GB/s in a node of {request.devices_per_node}, "
+        f"{request.between_nodes} between",
     )
     print(f"plot in {request.plot}")
     common.finish(

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Images per second of our network against torchvision's AlexNet, a plain transcription, and itself on two ranks.
+"""Times our network against torchvision's AlexNet, a plain transcription, and itself on two ranks.
 
-    python benchmarks/throughput.py                    float32, batch 128, training and inference: some minutes on two cores
-    python benchmarks/throughput.py --quick            training only, fewer steps: under three minutes
-    python benchmarks/throughput.py --batch-size 32 128 --precision fp32 bf16 --rows torchvision one two
+    python benchmarks/throughput.py                    float32, batch 128, training and inference
+    python benchmarks/throughput.py --quick            training only, fewer steps
+    python benchmarks/throughput.py --batch-size 32 128 --precision fp32 bf16
 
-Every row has processes of its own, which take turns in rounds; the memory format that is the faster for a row in a
-trial is the one that it is timed in. Medians over rounds after a warm-up, ratios round by round. LRN is on wherever
-the network has one: torchvision's has none. The last line is JSON.
+Every row has processes of its own, which take turns in rounds; each row is timed in the memory
+format that was faster in a trial. Medians over rounds after a warm-up, ratios round by round. LRN
+is on wherever the network has one: torchvision's has none. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -63,13 +63,15 @@ class Request:
     )
     """What to time."""
     quick: bool = False
-    """Training only, one step a turn, a trial of 32 images, and two to five rounds, as two minutes allow."""
+    """Training only, one step a turn, a trial of 32 images, and as many rounds as two minutes
+    allow."""
     rounds: int = 7
     """Turns that each row has; the median is over them."""
     steps: int = 2
     """Steps in a turn."""
     compile: Literal["no", "yes", "cuda-graphs"] = "no"
-    """torch.compile, of every row's network; cuda-graphs: replayed as CUDA graphs too, the exchange outside them."""
+    """Compile every row's network; cuda-graphs also replays it, with the exchange outside the
+    graphs."""
     image_size: int = 224
     """Side of the images, in pixels."""
     classes: int = 1000
@@ -173,7 +175,8 @@ class Runner:
         return [name for name in self.rows if name not in self.failed]
 
     def _attempt(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        """What `work` gives; a row that cannot do this case is left out of it, and the reason stands in the table."""
+        """Returns the result of `work`; a row that cannot do this case is left out, with its
+        reason."""
         try:
             return work(name, *arguments)
         except ContestantFailed as error:
@@ -181,7 +184,8 @@ class Runner:
             return None
 
     def _choose_format(self, name: str, case: Case) -> dict[str, Any]:
-        """Prepares the row in the memory format that is the faster in a trial; images per second of each."""
+        """Prepares the row in the memory format that is faster in a trial; returns images/s of
+        each."""
         contestant, rates, quick = self.rows[name], {}, self.request.quick
         trial = replace(case, batch_size=min(case.batch_size, 32)) if quick else case
         for memory_format in FORMATS:
@@ -224,7 +228,7 @@ class Runner:
             "ratio_to_one_device": ratio(rates, name, "one"),
             "ratio_to_plain_transcription": ratio(rates, name, "plain"),
             "memory_bytes_per_rank": max(self.rows[name].ask("memory")),
-            # the meter sees what the link sends; DistributedDataParallel's gradients are in exchange.py's figures
+            # The meter sees the link's bytes; DistributedDataParallel's are counted by exchange.py.
             "bytes_per_step": int(turns[0][0]["bytes"] / steps)
             if ROWS[name].ranks == 1 or columns
             else None,
@@ -278,7 +282,8 @@ def show(case: Case, rows: list[dict[str, Any]]) -> str:
     ]
     return "\n".join(
         [
-            f"\n{case.mode}, {case.precision}, batch {case.batch_size}, {case.image_size} pixels, {case.classes} classes{compiled}",
+            f"\n{case.mode}, {case.precision}, batch {case.batch_size}, {case.image_size} "
+            f"pixels, {case.classes} classes{compiled}",
             common.table(head, lines),
             *failures,
         ]
@@ -290,7 +295,8 @@ def number(value: float | None) -> str:
 
 
 def headline(cases: list[Case], tables: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """The ratios of the case that DESIGN.md names, float32, batch 128, training, or of the first one where that was not asked for."""
+    """Returns the ratios of float32, batch 128, training, or of the first case where that was left
+    out."""
     chosen = next(
         (
             i

@@ -16,7 +16,7 @@ from alexnet_mp.inference.run_pictures import FinishedRun, draw
 from alexnet_mp.parallel.rendezvous import Environment, choose_device, set_threads
 
 DESCRIPTION = """Draws what a run has learned: kernels.png (the first layer, column above column, with its color selectivity), curves.png,
-samples.png (training images), predictions.png (test images with their likeliest classes) and neighbours.png (the training images
+samples.png (training images), predictions.png (test images with their likeliest classes) and neighbors.png (the training images
 nearest to test images by fc7), into RUN or --out. One process on one device, whatever the placement that trained it."""
 
 

@@ -1,4 +1,5 @@
-"""Lets every test module say `from ranks import run` and `import reference`: pytest's importlib mode adds no folder to sys.path."""
+"""Lets test modules import the helpers beside this file; importlib mode adds no folder to
+sys.path."""
 
 import sys
 from pathlib import Path

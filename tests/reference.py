@@ -1,7 +1,8 @@
-"""AlexNet in columns a second time, written from the paper's formulas; it imports nothing from alexnet_mp.
+"""AlexNet in columns a second time, written from the formulas; imports nothing from alexnet_mp.
 
-The whole network is one tower of grouped layers in float64: a layer whose weight has fewer inputs than arrive is split into that many
-groups, which are the columns. It is given batches, drawn masks and converted weights as arrays, and draws nothing itself.
+The whole network is one tower of grouped layers in float64: a layer whose weight has fewer inputs
+than arrive is split into that many groups, which are the columns. It takes batches, drawn masks and
+converted weights as arrays, and draws nothing itself.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ class Settings:
 
 
 def convert(state: Arrays, columns: int) -> Arrays:
-    """`columns.<i>.<layer>.weight` and `.bias` of all columns as the whole layers' `<layer>.weight` and `<layer>.bias`.
+    """Joins `columns.<i>.<layer>.weight` and `.bias` of all columns to `<layer>.weight` and
+    `.bias`.
 
-    Outputs stand column after column. fc8 adds the columns up, so there the INPUTS stand column after column, with one bias.
+    Outputs stand column after column. fc8 adds the columns up, so its INPUTS stand column after
+    column, with one bias.
     """
     whole = {}
     for layer in LAYERS:
@@ -64,7 +67,8 @@ class Network:
         }
 
     def logits(self, images: np.ndarray, dropped: Arrays | None = None) -> Tensor:
-        """`dropped` (training): layer -> (N, units of all columns), True where a unit is set to zero. Without it: testing."""
+        """`dropped` maps a layer to (N, units of all columns), True where a unit is zero; testing
+        without."""
         s = self.settings
         x = F.pad(torch.tensor(images, dtype=torch.float64), s.padding)
         x = self.layer("conv1", x, stride=4)
@@ -148,7 +152,8 @@ class Network:
 
 
 class Descent:
-    """v <- momentum v - decay rate w - rate gradient;  w <- w + v, with rates of its own for biases, which may not decay."""
+    """v <- momentum v - decay rate w - rate gradient; w <- w + v. Biases have a rate of their own
+    and may not decay."""
 
     def __init__(
         self,
@@ -190,7 +195,8 @@ def response_norm(
 def map_norm(
     a: np.ndarray, size: int = 5, k: float = 1.0, alpha: float = 4e-5, beta: float = 0.75
 ) -> np.ndarray:
-    """The 2012 source's second norm of layer 2: the sum runs over the size x size pixels around each, of the same map."""
+    """The 2012 source's second norm of layer 2: sums over size x size pixels around each, in a
+    map."""
     b, half = np.empty_like(a), size // 2
     for y in range(a.shape[2]):
         for x in range(a.shape[3]):
@@ -213,7 +219,8 @@ def _round(x: np.ndarray, shift: int, factor: int) -> np.ndarray:
 def dropped_units(
     seed: int, step: int, rows: np.ndarray, layer: str, column: int, units: int, rate: float
 ) -> np.ndarray:
-    """The dropout hash on unsigned numbers, whose products wrap: (len(rows), units), True where a unit is dropped."""
+    """Returns the dropout hash on unsigned numbers: (len(rows), units), True where a unit is
+    dropped."""
     keys = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + seed_of(seed, "dropout", step)
     for shift in (30, 27):
         keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(0x1CE4E5B9BF58476D)

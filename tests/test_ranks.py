@@ -48,7 +48,7 @@ def imported_package(rank: int) -> str:
 
 
 def test_a_rank_imports_the_package_of_this_repository() -> None:
-    assert Path(run(imported_package, 1)[0]).parents[1] == Path(__file__).resolve().parents[1]
+    assert Path(run(imported_package, 1)[0]).parents[2] == Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("options", [["--import-mode=importlib"], ["--import-mode=prepend"]])

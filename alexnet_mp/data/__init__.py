@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from alexnet_mp.config import Config
-from alexnet_mp.data.datasets import Splits, load
+from alexnet_mp.data.datasets import Splits, load, load_split
 from alexnet_mp.data.decode import try_read
 from alexnet_mp.data.loader import Batch, Loader
 from alexnet_mp.data.statistics import Statistics
@@ -25,6 +25,7 @@ __all__ = [
     "Store",
     "build_loaders",
     "load",
+    "load_split",
     "needs_statistics",
     "resize",
     "try_read",

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torchvision import datasets
@@ -89,6 +90,22 @@ def load(
             lambda: _ignore(splits.train.statistics(side))
         )  # kept in the store's folder, where the other ranks find them
     return splits
+
+
+def load_split(
+    config: DataConfig,
+    split: Literal["train", "val", "test"],
+    seed: int,
+    run_once_per_host: RunOncePerHost = lambda work: work(),
+    progress: bool = False,
+    side: int | None = None,
+) -> Store:
+    """One split of `config.data`, as `load` gives it. Every rank calls it and gets the same.
+
+    Only the folder that the split comes from is needed and packed: measuring on test needs no
+    training images. Raises as `load` does.
+    """
+    return getattr(load(config, seed, run_once_per_host, progress, side), split)
 
 
 def hold_out(store: Store, share: float, seed: int) -> tuple[Store, Store]:

@@ -381,14 +381,14 @@ def neighbors(run: FinishedRun, out: Path, count: int) -> Picture:
         images_of(store),
         images.reshape(*numbers.shape, *images.shape[1:]),
         distances,
-        out / "neighbours.png",
+        out / "neighbors.png",
         query_labels=torch.from_numpy(store.labels),
         neighbor_labels=labels,
         classes=run.classes,
     )
     same = int((labels == torch.from_numpy(store.labels)[:, None]).sum())
     return Picture(
-        out / "neighbours.png",
+        out / "neighbors.png",
         f"{len(store)} test images, the nearest of {len(train):,} training images by fc7; "
         f"{same} of {numbers.numel()} are of the test image's class",
         {

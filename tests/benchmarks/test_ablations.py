@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py and benchmarks/paper_vs_source.py on tiny networks: what they train, keep and say."""
+"""benchmarks/ablations.py and paper_vs_source.py on tiny networks: the runs, files and tables."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ claims, readings = script("ablations"), script("paper_vs_source")
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch, cache) -> list[str]:
-    """Flags for a moment's training on a folder of twenty images, with a network of some thousand weights."""
+    """Flags for a moment's training of a tiny network on a folder of twenty images."""
     folder = make_folder(tmp_path / "images")
 
     def small(name: str):
@@ -40,7 +40,7 @@ def tiny(tmp_path, monkeypatch, cache) -> list[str]:
 
 def call(module, argv: list[str], monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", [module.__file__, *argv])
-    assert module.is_rank0() == 0
+    assert module.main() == 0
 
 
 def test_each_claims_networks_differ_in_what_is_claimed_and_nothing_else() -> None:

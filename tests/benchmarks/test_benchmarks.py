@@ -1,4 +1,4 @@
-"""The benchmarks as people run them, at toy sizes: they end well, their last line is the promised JSON, and their figures are consistent."""
+"""The benchmarks at toy sizes: they end with the promised JSON, and their figures agree."""
 
 import json
 import os

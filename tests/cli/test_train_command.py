@@ -86,8 +86,8 @@ def test_a_progress_bar_leaves_no_semaphore_for_a_helper_to_complain_of() -> Non
 import multiprocessing
 multiprocessing.set_start_method("forkserver")
 from tqdm.auto import tqdm
-from alexnet_mp.console import guarded
-guarded(lambda: sum(tqdm(range(3), disable=False)))""",
+from alexnet_mp.cli.process import run_main
+run_main(lambda: sum(tqdm(range(3), disable=False)))""",
         ]
     )
     assert done.returncode == 3 and "3/3" in done.stderr

@@ -96,7 +96,7 @@ FILES = [
     "compare.png",
     "samples.png",
     "predictions.png",
-    "neighbours.png",
+    "neighbors.png",
 ]
 
 
@@ -188,7 +188,7 @@ def test_a_run_that_stopped_in_its_first_epoch_has_all_pictures_but_the_curves(t
         "kernels.png",
         "samples.png",
         "predictions.png",
-        "neighbours.png",
+        "neighbors.png",
     ]
 
 

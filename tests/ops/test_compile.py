@@ -93,4 +93,4 @@ def test_where_torch_cannot_compile_the_norm_is_plain_and_the_reason_is_one_line
 
 
 def test_a_cpu_and_apples_gpu_are_not_compiled_for() -> None:
-    assert not compile.fuses("cpu") and not compile.fuses("mps")
+    assert not compile_ops.fuses("cpu") and not compile_ops.fuses("mps")

@@ -292,7 +292,7 @@ def test_neighbors_stand_in_order_right_of_their_image_and_those_of_its_class_ar
         queries,
         found,
         distances,
-        tmp_path / "neighbours.png",
+        tmp_path / "neighbors.png",
         query_labels=labels,
         neighbor_labels=theirs,
         classes=["cat", "dog"],
