@@ -148,9 +148,12 @@ class Run:
             precision=settings.precision,
             seed=settings.seed,
             max_steps=recipe.max_steps,
+            on_epoch=self._save,
+            on_save=self._save,
+            save_every=settings.save_every,
+            restore_best_weights=False,  # they are in best.pt
+            command_line=True,
         )
-        self.trainer.on_epoch = self._save
-        self.trainer.save_every, self.trainer.on_save = settings.save_every, self._save
         self.profiler = Profiler(optimizer, context) if settings.profile else None
         if self.profiler:
             self.train_loader = self.profiler.watching(self.train_loader)
