@@ -258,7 +258,7 @@ class Run:
         """Scores of the best weights, or of the current ones if no epoch has ended, on the test split."""
         if self.trainer.best["epoch"] is not None:
             self._load_best_weights()
-        return self.trainer.scores(self.test_loader)
+        return self.trainer.scores(self.test_loader, "test")
 
     def _load_best_weights(self) -> None:
         """Rank 0 reads best.pt and sends it to the others, which may not see its folder."""

@@ -28,8 +28,8 @@ def set_validation_losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> No
     """Replaces the validation loss after epoch N by the Nth of `losses`; the test keeps its own."""
     scores = Trainer.scores
 
-    def replaced(self: Trainer, loader):
-        found = scores(self, loader)
+    def replaced(self: Trainer, loader, *name: str):
+        found = scores(self, loader, *name)
         if loader.images != QUICK.data.limit_val:
             return found
         return dataclasses.replace(found, loss=losses[self.epoch])
