@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -232,7 +231,7 @@ class Store:
         ):  # missing or damaged: measuring mends it
             content = (self.path / "sums.npz").read_bytes()
             if zlib.crc32(content) == read_header(self.path)["checksums"]["sums.npz"]:
-                sums = Sums.read(io.BytesIO(content))
+                sums = Sums.from_bytes(content)
                 return sums if sums.count == sum(map(len, self.shelves)) else None
         return None
 
