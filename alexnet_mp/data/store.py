@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -22,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_mp.data.shard_arrays import open_shelves
+from alexnet_mp.config.files import temporary_path
+from alexnet_mp.data.mapping import release
+from alexnet_mp.data.shard_arrays import open_shelves, stored_bytes
 from alexnet_mp.data.statistics import Statistics, Sums, sums_of
 from alexnet_mp.data.store_format import (
     Writer,
     blocks,
     open_array,
     read_header,
-    temporary_path,
 )
 
 FITS = 2 * 10**9
@@ -58,7 +58,8 @@ def resize(images: Tensor, side: int) -> Tensor:
     )
 
 
-Run = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+ForEachRow = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+"""Calls a function for each row, like `map`, perhaps on several threads; its result is to be iterated to the end."""
 
 
 class Store:
@@ -122,7 +123,7 @@ class Store:
         side: int | None = None,
         *,
         pinned: bool = False,
-        run: Run = map,
+        for_each_row: ForEachRow = map,
     ) -> Tensor:
         """uint8 (N, 3, side, side), on the CPU; None: the images' own side, ValueError where they have several.
 
@@ -144,7 +145,7 @@ class Store:
             else:
                 others[row] = image
 
-        for _ in run(copy, range(len(indices))):
+        for _ in for_each_row(copy, range(len(indices))):
             pass
         for own in {image.shape[-1] for image in others.values()}:
             rows = sorted(row for row, image in others.items() if image.shape[-1] == own)
@@ -213,7 +214,13 @@ class Store:
                     else self.gather(mine[rows.start : rows.stop], side).numpy()
                 )
                 sums.merge(sums_of(images))
+                self._release(mine[rows.start : rows.stop])
         return sums
+
+    def _release(self, indices: np.ndarray) -> None:
+        """Gives back the memory of the shards that hold `indices`, where they are mapped files."""
+        for shelf in np.unique(self.places[indices, 0]):
+            release(stored_bytes(self.shelves[shelf], 0, len(self.shelves[shelf])))
 
     def _stored_sums(self) -> Sums | None:
         """Those that were taken of all images in the store's folder when it was packed."""
@@ -224,7 +231,7 @@ class Store:
         ):  # missing or damaged: measuring mends it
             content = (self.path / "sums.npz").read_bytes()
             if zlib.crc32(content) == read_header(self.path)["checksums"]["sums.npz"]:
-                sums = Sums.read(io.BytesIO(content))
+                sums = Sums.from_bytes(content)
                 return sums if sums.count == sum(map(len, self.shelves)) else None
         return None
 
