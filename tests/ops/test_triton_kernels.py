@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from alexnet_mp.ops import triton_kernels as kernels  # noqa: E402
-from alexnet_mp.ops.response_norm import sum_over_pixels  # noqa: E402
+from alexnet_mp.ops import triton_kernels as kernels
+from alexnet_mp.ops.response_norm import sum_over_pixels
 
 pytestmark = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 is not set: this machine has a GPU"
