@@ -58,14 +58,14 @@ def pack_split(listing: Listing, path: Path, packing: Packing, with_sums: bool) 
     ValueError naming the files that cannot be read, after all others have been packed, and where the disk is full.
     """
     shards = [
-        range(start, min(start + store_format.SHARD, len(listing.files)))
-        for start in range(0, len(listing.files), store_format.SHARD)
+        range(start, min(start + store_format.SHARD, len(listing)))
+        for start in range(0, len(listing), store_format.SHARD)
     ]
     digests = [
         f"{packing.encode} {SIDE} {store_format.VERSION} {listing.digest(rows)}" for rows in shards
     ]
     bar = tqdm(
-        total=len(listing.files),
+        total=len(listing),
         desc=f"packing {listing.folder.name}",
         unit=" images",
         leave=False,
@@ -164,7 +164,7 @@ def decoded(
 
     def work(number: int, rows: range) -> list[EncodedImage | str]:
         # One image after another: it is summed while it is still in the processor's cache.
-        return [_stored(try_read(listing.files[row]), packing.encode, sums[number]) for row in rows]
+        return [_stored(try_read(listing.path(row)), packing.encode, sums[number]) for row in rows]
 
     chunks = (
         (number, range(start, min(start + CHUNK, rows.stop)))
