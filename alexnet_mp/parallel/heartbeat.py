@@ -178,10 +178,13 @@ class Heartbeat(threading.Thread):
         return None
 
     def _has_left(self, rank: int) -> bool:
-        """Whether `rank` ended as it should, or a cause is known that explains it."""
+        """Whether `rank` ended as it should.
+
+        A posted cause does not count: that rank is gone all the same, and a main thread that waits for it in NCCL never returns.
+        """
         time.sleep(min(0.3, self.interval))  # it may be about to say so
         with contextlib.suppress(RuntimeError):
-            return self._have_left([rank]) or self.cause() is not None
+            return self._have_left([rank])
         return False
 
     def _have_left(self, ranks: range | list[int]) -> bool:

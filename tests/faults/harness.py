@@ -41,6 +41,7 @@ class Scenario:
     name: str
     fault: str = ""  # KIND@POINT: see inject.py
     rank: int | None = 1  # whom it strikes; None: every rank
+    peers_fault: str = ""  # another fault, which strikes all other ranks
     codes: tuple[int, ...] = (
         1,
         -9,
@@ -194,6 +195,8 @@ def _rank(scenario: Scenario, rank: int, out: str, port: int, screen: str, note:
 
     if scenario.fault and scenario.rank in (None, rank):
         inject.install(scenario.fault.replace("OUT", out), Path(note))
+    elif scenario.peers_fault:
+        inject.install(scenario.peers_fault, Path(f"{note}-of-peers"))
     if scenario.differs and scenario.rank == rank:
         inject.differ(scenario.differs)
     if f"RANK{rank}_WORLD_SIZE" in scenario.environment:

@@ -148,6 +148,27 @@ PEERS = [
         codes=(1, 1),
         words="rank 0: RuntimeError: injected fault",
     ),
+    *[
+        Scenario(
+            f"fault of the program's while the peer waits as in NCCL, on rank {rank}",
+            "raise@exchange:3",
+            rank=rank,
+            # NCCL's wait does not fail when a peer is gone; nor does this one, where gloo's would
+            peers_fault="slow:60@exchange:3",
+            codes=(1, 1),
+            words=f"rank {rank}: RuntimeError: injected fault",
+        )
+        for rank in (0, 1)
+    ],
+    Scenario(
+        "an unreadable file while the peers wait as in NCCL",
+        "value@exchange:3",
+        rank=2,
+        world=4,
+        peers_fault="slow:60@exchange:3",
+        codes=(1, 1, 2, 1),
+        words="rank 2: x.jpg: injected fault",
+    ),
     Scenario(
         "an unreadable file on one rank",
         "value@data",

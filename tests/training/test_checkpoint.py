@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import stat
 import zipfile
 from pathlib import Path
 
@@ -106,16 +107,53 @@ def test_a_write_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch) -> None:
+    events, sync, rename = [], os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        events.append("folder synced" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        sync(descriptor)
+
+    def replace(source, target) -> None:
+        events.append(f"named {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    save(tmp_path / "last.pt", *stepped(), links=(tmp_path / "best.pt",))
+    assert events == [
+        (tmp_path / "last.pt").stat().st_size,  # the whole file
+        "named last.pt",
+        "folder synced",
+        "named best.pt",
+        "folder synced",
+    ]
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none.pt: no such checkpoint"):
         checkpoint.read(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="did you mean"):
+    with pytest.raises(ValueError, match="a folder, not a checkpoint; name a file"):
         checkpoint.read(tmp_path)
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(ValueError, match=r"did you mean .*last\.pt"):
+        checkpoint.read(tmp_path)
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(ValueError, match=r"did you mean .*best\.pt"):
+        checkpoint.read(tmp_path)
+    with pytest.raises(ValueError, match=r"did you mean .*last\.pt"):  # where a run goes on
+        checkpoint.read(tmp_path, usual="last.pt")
 
 
 class Hostile:
+    """Unpickling it would make a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/alexnet_mp_was_here",)
+        return os.mkdir, (str(self.file),)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +176,12 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_that_names_it(
     elif damage == "foreign":
         torch.save({"state_dict": {}}, path)
     elif damage == "hostile":
-        torch.save({"format": Hostile()}, path)
+        torch.save({"format": Hostile(tmp_path / "executed")}, path)
     elif damage == "future":
         torch.save(dict(checkpoint.read(path), version=99), path)
     with pytest.raises(ValueError, match=r"last\.pt: ") as caught:
         checkpoint.read(path)
-    assert "\n" not in str(caught.value) and not Path("/tmp/alexnet_mp_was_here").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "executed").exists()
 
 
 def test_another_networks_checkpoint_is_refused_by_its_first_tensor(tmp_path) -> None:
