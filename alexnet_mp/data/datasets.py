@@ -147,20 +147,6 @@ def hold_out(
     return store.subset(np.flatnonzero(~chosen)), store.subset(np.flatnonzero(chosen))
 
 
-def limited(count: int, limit: int, split: Split, seed: int) -> np.ndarray:
-    """The `limit` of `count` images that `seed` chooses, in stored order, which a disk reads fastest.
-
-    A `limit` of 0 chooses all. ValueError naming the flag where there are fewer images.
-    """
-    if limit > count:
-        raise ValueError(
-            f"--limit-{split} {limit}: there are {count} images in the {split} split; 0 takes all"
-        )
-    if not limit:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(combine(seed, "limit", split)).permutation(count)[:limit])
-
-
 def _open(
     request: Request, source: Source, parts: Mapping[Split, Part], wanted: Sequence[Split]
 ) -> dict[Split, Store]:
@@ -183,9 +169,8 @@ def _open(
     for name in wanted:
         part = parts[name]
         store = stores[part.source] if part.share == "all" else held[part.share]
-        if limit := getattr(config, f"limit_{name}"):
-            store = store.subset(limited(len(store), limit, name, request.seed))
-        found[name] = store
+        rows = request.chosen(name, len(store))
+        found[name] = store if len(rows) == len(store) else store.subset(rows)
     return found
 
 

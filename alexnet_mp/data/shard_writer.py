@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from alexnet_mp.data import jpeg, store_format
-from alexnet_mp.data.decode import SIDE, try_read
+from alexnet_mp.data import store_format
+from alexnet_mp.data.decode import SIDE, decode_jpeg, encode_jpeg, try_read
 from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.statistics import Sums
 from alexnet_mp.data.store import Store
@@ -195,10 +195,10 @@ def _stored(image: np.ndarray | str, encode: str, sums: Sums | None) -> EncodedI
         return image
     content = EncodedImage(image.shape[-1], image)
     if encode == "jpeg":
-        data = jpeg.encode(image)
+        data = encode_jpeg(image)
         content = EncodedImage(image.shape[-1], data)
         image = (
-            np.ascontiguousarray(jpeg.decode(data).numpy()) if sums is not None else image
+            np.ascontiguousarray(decode_jpeg(data).numpy()) if sums is not None else image
         )  # statistics are of what training will see
     if sums is not None:
         sums.add(image)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from alexnet_mp.config import DataConfig
+from alexnet_mp.config.seeds import combine
 from alexnet_mp.data.cache import RunOncePerHost
 from alexnet_mp.data.folder_layout import Split
 from alexnet_mp.data.store import Store
@@ -31,6 +34,23 @@ class Request:
             return Path(self.config.data_dir).expanduser()
         except RuntimeError as error:
             raise ValueError(f"--data-dir {self.config.data_dir}: {error}") from None
+
+    def chosen(self, split: Split, count: int) -> np.ndarray:
+        """The numbers of the images that --limit-SPLIT leaves of `count`, or all.
+
+        The seed chooses them; they are in stored order, in which a disk reads fastest. ValueError
+        naming the flag where there are fewer images.
+        """
+        limit: int = getattr(self.config, f"limit_{split}")
+        if limit > count:
+            raise ValueError(
+                f"--limit-{split} {limit}: there are {count} images in the {split} split; "
+                "0 takes all"
+            )
+        if not limit:
+            return np.arange(count)
+        rng = np.random.default_rng(combine(self.seed, "limit", split))
+        return np.sort(rng.permutation(count)[:limit])
 
     def print_rank0(self, text: str) -> None:
         """Prints on the rank that speaks."""
