@@ -23,11 +23,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alexnet_mp.data.mapping import map_file, release
+
 FORMAT, VERSION = "alexnet_mp store", 2
 SHARD = 1024
 """Images in a shard: 200 MB at 256 pixels, held in memory until the shard is written."""
 BLOCK = 256
 """Images that are worked on at once where a whole set is gone through."""
+
+
+NPY_HEADER = 4096
+"""Bytes in which the header of a .npy file ends; those of a store's arrays take 128."""
 
 
 class EncodedImage(NamedTuple):
@@ -264,17 +270,14 @@ def open_array(
     """
     file = path / name
     try:
-        array = (
-            np.load(file, mmap_mode="r", allow_pickle=False)
-            if 0 not in shape
-            else np.load(file, allow_pickle=False)
-        )
+        content = map_file(file)
     except FileNotFoundError:
         raise ValueError(
             f"{file}: missing from the store; delete the folder and make it again"
         ) from None
-    except OSError:
-        raise
+    try:
+        array = _array_in(content)
+        release(content)  # the header's pages, and those that the system read along with them
     except Exception:  # NumPy raises many kinds for a damaged file, tokenize's among them
         raise ValueError(
             f"{file}: damaged (cut short, or not an array); delete the store's folder and make it again"
@@ -290,9 +293,22 @@ def open_array(
     return array
 
 
+def _array_in(content: np.ndarray) -> np.ndarray:
+    """The array in the bytes of a .npy file, without a copy."""
+    header = io.BytesIO(content[:NPY_HEADER].tobytes())
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError("not a .npy file of version 1.0")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+    if fortran_order or dtype.hasobject:
+        raise ValueError("not an array of plain numbers in C order")
+    return content[header.tell() :].view(dtype).reshape(shape)
+
+
 def checksum_of(array: np.ndarray) -> int:
     """CRC-32 of the bytes of an array, which may be memory-mapped."""
     data, checksum = np.ascontiguousarray(array).reshape(-1).view(np.uint8), 0
     for start in range(0, len(data), 2**24):
-        checksum = zlib.crc32(data[start : start + 2**24].data, checksum)
+        block = data[start : start + 2**24]
+        checksum = zlib.crc32(block.data, checksum)
+        release(block)
     return checksum
