@@ -189,7 +189,9 @@ def _check_begun(store: Path, plan: Mapping[str, Any], listings: Mapping[Split, 
                 f"STORE {store}: is complete, and packed from other files than those of {plan['source']}; "
                 "delete it, or name another folder"
             )
-        begun = {"encode": store_format.read_header(store / "train").get("encode", "raw")}
+        begun = {
+            "encode": store_format.read_header(store / next(iter(listings))).get("encode", "raw")
+        }
     for key, value in plan.items():
         if key in begun and begun[key] != value:
             old, new = (

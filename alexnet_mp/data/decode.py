@@ -15,18 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-
-from alexnet_mp.data.store import resize
 
 SIDE = 256
 QUALITY = 95
 LARGE = 2**24
 """Pixels from which only one image is decoded at a time: one a thread would need gigabytes."""
-FORMATS = tuple(
-    "JPEG MPO PNG GIF WEBP AVIF TIFF BMP DIB PPM JPEG2000 HEIF".split()
-)
+FORMATS = tuple("JPEG MPO PNG GIF WEBP AVIF TIFF BMP DIB PPM JPEG2000 HEIF".split())
 """The formats that are tried.
 
 Pillow knows more. Some of those cannot be told from their content, and one (EPS) starts another
@@ -43,6 +40,28 @@ TURNS = {
 }
 """What each EXIF orientation asks a reader to do."""
 _one_large = threading.Lock()
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """uint8 (N, 3, s, s) -> uint8 (N, 3, side, side): bilinear, with antialias where it reduces.
+
+    Every image is resized on its own, in whole numbers on the CPU: the bits do not depend on the batch. CUDA has no such
+    kernel; there it is done in float32 and rounded, which may differ by one gray level.
+    """
+    if images.shape[-1] == side:
+        return images
+    if not len(images):
+        return images.new_empty((0, 3, side, side))
+    if images.device.type == "mps":  # has no antialias
+        return resize(images.cpu(), side).to(images.device)
+    if images.device.type == "cpu":
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    return (
+        F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+        .round_()
+        .clamp_(0, 255)
+        .to(torch.uint8)
+    )
 
 
 def try_read(file: Path, side: int = SIDE) -> np.ndarray | str:

@@ -113,7 +113,12 @@ class FashionMnist:
                 for file in (place / f"{name}.gz", place / name)
                 if file.is_file()
             ]
-            by_kind = {kind: file for file in reversed(files) for kind in ("images", "labels") if kind in file.name}
+            by_kind = {
+                kind: file
+                for file in reversed(files)
+                for kind in ("images", "labels")
+                if kind in file.name
+            }
             if len(by_kind) == 2:
                 return by_kind["images"], by_kind["labels"]
         return None

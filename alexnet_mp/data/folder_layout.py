@@ -10,14 +10,13 @@ import difflib
 import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from alexnet_mp.data import image_folder, val_labels
-from alexnet_mp.data.image_folder import Ignored, Listing, as_text, listed, visible_folders
+from alexnet_mp.data.image_folder import Ignored, Listing, listed, visible_folders
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -145,7 +144,7 @@ def report(listings: Mapping[Split, Listing], say: Say) -> None:
         say(f"{place}: ignored {ignored}")
 
 
-def existing_folder(directory: Path, flag: str) -> Path:
+def existing_folder(directory: Path, flag: str, expected: str = EXPECTED) -> Path:
     """`directory`, or the same in the other encoding of its accents; else FileNotFoundError."""
     for form in ("NFC", "NFD"):
         other = Path(unicodedata.normalize(form, str(directory)))
@@ -158,7 +157,7 @@ def existing_folder(directory: Path, flag: str) -> Path:
             f"{flag} {directory}: a file, and a folder is expected; unpack an archive first"
         )
     raise FileNotFoundError(
-        f"{flag} {directory}: no such folder{_similar(directory)}; expected one with {EXPECTED}"
+        f"{flag} {directory}: no such folder{_similar(directory)}; expected one with {expected}"
     )
 
 

@@ -99,7 +99,11 @@ class Listing:
         changes = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist()] if len(labels) else []
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self.names[first:last])
-        for numbers_of in (self.ends[start:stop] - first, self.sizes[start:stop], self.times[start:stop]):
+        for numbers_of in (
+            self.ends[start:stop] - first,
+            self.sizes[start:stop],
+            self.times[start:stop],
+        ):
             digest.update(numbers_of.astype("<i8").tobytes())
         # Classes are named where they change: a class that is added before others renumbers
         # those, but does not change their images.
@@ -112,7 +116,12 @@ class _ListingBuilder:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ignored = folder, Ignored()
-        self.labels, self.ends, self.sizes, self.times = array("i"), array("q"), array("q"), array("q")
+        self.labels, self.ends, self.sizes, self.times = (
+            array("i"),
+            array("q"),
+            array("q"),
+            array("q"),
+        )
         self.names = bytearray()
 
     def __len__(self) -> int:
@@ -278,7 +287,9 @@ def _loose_images(folder: Path, entries: Sequence[os.DirEntry[str]]) -> str:
         return f"; expected {folder}/CLASS/ with images in it"
     hint = ""
     tables = [as_text(entry.name) for entry in entries if entry.name.lower().endswith(".csv")]
-    guessed = Counter(os.path.splitext(name)[0].rstrip("0123456789()").rstrip(" _.-") for name in images)
+    guessed = Counter(
+        os.path.splitext(name)[0].rstrip("0123456789()").rstrip(" _.-") for name in images
+    )
     guessed.pop("", None)
     if tables:
         hint = f" ({tables[0]} seems to say which class each is of)"

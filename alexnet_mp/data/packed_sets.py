@@ -15,6 +15,11 @@ from alexnet_mp.data.source import Request
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import VERSION, read_header
 
+CACHE = ".alexnet_mp"
+"""Packs are kept here, in the image folder, where the user's cache cannot be written.
+
+The name is hidden: it must not pass for a class.
+"""
 SHOWN = 3
 """Unreadable files that one line names."""
 
@@ -26,7 +31,9 @@ class ImageFolder:
         """Looks for the splits. FileNotFoundError or ValueError as `find_layout`."""
         directory = folder_layout.existing_folder(request.directory, "--data-dir")
         if _is_store(directory):
-            raise ValueError(f"--data folder --data-dir {directory}: a packed store; use --data store")
+            raise ValueError(
+                f"--data folder --data-dir {directory}: a packed store; use --data store"
+            )
         self.request, self.layout = request, folder_layout.find_layout(directory)
         self.splits: Sequence[Split] = [split for split in SPLITS if split in self.layout.folders]
         for note in self.layout.notes:
@@ -60,7 +67,7 @@ class ImageFolder:
             build,
             f"packing {len(listing):,} images of {folder}",
             len(listing),
-            request.directory,
+            request.directory / CACHE,
             request.run_once_per_host,
             request.print_rank0,
             unfinished=f".folder-{where}-{split}.unfinished",
@@ -79,7 +86,9 @@ class PackedStore:
 
     def __init__(self, request: Request) -> None:
         """FileNotFoundError or ValueError where there is no store, or an unfinished one."""
-        self.directory = folder_layout.existing_folder(request.directory, "--data-dir")
+        self.directory = folder_layout.existing_folder(
+            request.directory, "--data-dir", "stores named train, val and test"
+        )
         if command := dataset_packer.unfinished(self.directory):
             raise ValueError(
                 f"--data-dir {self.directory}: packing was interrupted; finish it with: {command}"

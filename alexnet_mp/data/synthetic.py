@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from alexnet_mp.config.seeds import combine
 from alexnet_mp.config.progress import progress
+from alexnet_mp.config.seeds import combine
 from alexnet_mp.data.cache import cached
+from alexnet_mp.data.decode import resize
 from alexnet_mp.data.folder_layout import SPLITS, Split
 from alexnet_mp.data.source import Request
-from alexnet_mp.data.store import Store, resize
+from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import VERSION as STORE_VERSION
 from alexnet_mp.data.store_format import Writer
 

@@ -9,7 +9,7 @@ from image_sets import levels, load_folder, make_folder, mixed_store, random_sto
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Store, datasets, load, store_format
-from alexnet_mp.data.store import resize
+from alexnet_mp.data.decode import resize
 
 pytestmark = pytest.mark.usefixtures("cache")
 
