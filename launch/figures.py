@@ -12,7 +12,8 @@ from pathlib import Path
 from alexnet_mp.cli import parser
 from alexnet_mp.cli.process import printing_json, run_main
 from alexnet_mp.config.arguments import FiguresRequest
-from alexnet_mp.inference.run_pictures import FinishedRun, draw
+from alexnet_mp.inference.finished_run import FinishedRun
+from alexnet_mp.inference.run_pictures import draw
 from alexnet_mp.parallel.rendezvous import Environment, choose_device, set_threads
 
 DESCRIPTION = """Draws what a run has learned: kernels.png (the first layer, column above column, with its color selectivity), curves.png,
@@ -30,7 +31,7 @@ def main() -> int:
     set_threads(request.threads, Environment(), device)
     facts = {}
     with printing_json(request.json) as write:
-        run = FinishedRun(request.run, device, request.data_dir, progress=True)
+        run = FinishedRun(request.run, device, request.data_dir, show_progress=True)
         for picture in draw(
             run,
             Path(request.out or request.run),

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet_mp.config.files import temporary_path
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.mapping import release
 from alexnet_mp.data.shard_arrays import open_shelves, stored_bytes
@@ -30,7 +31,6 @@ from alexnet_mp.data.store_format import (
     blocks,
     open_array,
     read_header,
-    temporary_path,
 )
 
 FITS = 2 * 10**9

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alexnet_mp.config.files import (
+    atomic_writer,
+    commit_folder,
+    temporary_path,
+    write_atomically,
+)
 from alexnet_mp.data.mapping import map_file, release
 
 FORMAT, VERSION = "alexnet_mp store", 2
@@ -162,8 +167,7 @@ def write_shard(
     sides, counts = np.unique([image.side for image in images], return_counts=True)
     ends = np.cumsum([len(memoryview(images[i].data).cast("B")) for i in order], dtype=np.int64)
     checksum, total = 0, int(ends[-1]) if len(images) else 0
-    temporary = temporary_path(path)
-    with temporary.open("wb") as file:
+    with atomic_writer(path) as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": (total,)}
         )
@@ -171,51 +175,11 @@ def write_shard(
             data = memoryview(images[i].data).cast("B")
             file.write(data)
             checksum = zlib.crc32(data, checksum)
-        _sync_file(file)
-    os.replace(temporary, path)
     return (
         {"sides": sides.tolist(), "counts": counts.tolist(), "bytes": total, "checksum": checksum},
         order,
         ends,
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """`path` is either as it was or whole, also after a kill or a power cut."""
-    temporary = temporary_path(path)
-    with temporary.open("wb") as file:
-        file.write(content)
-        _sync_file(file)
-    os.replace(temporary, path)
-
-
-def temporary_path(path: Path) -> Path:
-    """A name in the same folder for what is to become `path`; hidden, and this process's own."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def commit_folder(temporary: Path, path: Path) -> None:
-    """Syncs everything in folder `temporary` and gives it its name, which must not exist."""
-    for entry in [*temporary.rglob("*"), temporary]:
-        sync(entry)
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def _sync_file(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Waits until the file or folder `path` is on the disk."""
-    if path.is_dir() and os.name != "posix":  # only there can a folder be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def blocks(count: int) -> Iterator[range]:

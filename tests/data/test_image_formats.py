@@ -15,7 +15,7 @@ from alexnet_mp.data import Augment, Loader, Store, dataset_packer, decode
 from alexnet_mp.data.decode import read_image, try_read
 from alexnet_mp.data.folder_layout import list_source
 from alexnet_mp.data.shard_writer import Packing
-from alexnet_mp.inference.ensemble import _read as predicted
+from alexnet_mp.inference.predict import _read as predicted
 
 pytestmark = pytest.mark.usefixtures("cache")
 RED, BLUE = (200, 30, 60), (20, 40, 220)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alexnet_mp import AlexNet, preset
+from alexnet_mp.config.files import temporary_path
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.rendezvous import Environment
 from alexnet_mp.training import checkpoint
@@ -314,9 +315,9 @@ def test_the_systems_own_reason_for_a_failed_write_is_given(tmp_path) -> None:
     ] == ["last.pt"]
 
 
-def test_a_stale_temporary_is_overwritten_and_never_read(tmp_path) -> None:
-    (tmp_path / "last.pt.tmp").write_bytes(b"half a checkpoint")
+def test_a_temporary_of_a_killed_process_is_never_read(tmp_path) -> None:
+    stale = tmp_path / temporary_path(tmp_path / "last.pt").name
+    stale.write_bytes(b"half a checkpoint")
     save(tmp_path / "last.pt", *stepped())
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"] and checkpoint.read(
-        tmp_path / "last.pt"
-    )
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert checkpoint.read(tmp_path / "last.pt")
