@@ -13,7 +13,7 @@ from pathlib import Path
 
 from alexnet_mp.cli import parser
 from alexnet_mp.cli.process import printing_json, run_main
-from alexnet_mp.data import dataset_packer
+from alexnet_mp.data import dataset_packer, folder_layout
 from alexnet_mp.data.shard_writer import Packing
 from alexnet_mp.parallel.rendezvous import Environment
 
@@ -30,8 +30,8 @@ def main() -> int:
     )
     packing = Packing(request.encode, request.on_error, request.workers, progress=True)
     with printing_json(request.json) as write:
-        listings = dataset_packer.list_source(source, labels, synsets, say)
-        dataset_packer.tell(listings, say)
+        listings = folder_layout.list_source(source, labels, synsets, say)
+        folder_layout.report(listings, say)
         if request.check:
             report = dataset_packer.check(listings, packing)
         else:
