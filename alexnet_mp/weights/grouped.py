@@ -8,7 +8,7 @@ connected layers (out, in), fc6's inputs in the order channel, row, column.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,22 @@ def to_grouped(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, T
             grouped["fc8.bias"] = tensors["columns.0.fc8.bias"].clone()
             continue
         if weights[0].dim() == 2 and not model.crosses(layer):
-            grouped[f"{layer}.weight"] = torch.block_diag(*weights)
+            grouped[f"{layer}.weight"] = _block_diagonal(weights)
         else:
             grouped[f"{layer}.weight"] = torch.cat(weights)
         biases = [tensors[f"columns.{i}.{layer}.bias"] for i in range(model.columns)]
         grouped[f"{layer}.bias"] = torch.cat(biases)
     return grouped
+
+
+def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
+    whole = blocks[0].new_zeros(rows, columns)
+    row = column = 0
+    for block in blocks:
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return whole
 
 
 def from_grouped(
@@ -156,13 +166,16 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str,
     if not set(groups.values()) <= {1, columns}:
         raise ValueError(f"{path}: its layers have {groups} groups; only one number is possible")
     spatial = round((inputs["fc6"] / outputs["conv5"]) ** 0.5)
-    for layer, wanted in (
-        ("fc6", outputs["conv5"] * spatial**2),
-        ("fc7", outputs["fc6"]),
-        ("fc8", outputs["fc7"]),
-    ):
-        if inputs[layer] != wanted:
-            raise ValueError(f"{path}: {layer} reads {inputs[layer]} values, which should be {wanted}")
+    expected = {
+        "fc6": outputs["conv5"] * spatial**2,
+        "fc7": outputs["fc6"],
+        "fc8": outputs["fc7"],
+    }
+    for layer, values in expected.items():
+        if inputs[layer] != values:
+            raise ValueError(
+                f"{path}: {layer} reads {inputs[layer]} values, which should be {values}"
+            )
     for layer in (*CONVOLUTIONS, "fc6", "fc7"):
         if outputs[layer] % columns:
             raise ValueError(f"{path}: {layer} has {outputs[layer]} outputs for {columns} columns")
