@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from alexnet_mp.ops.response_norm import LocalResponseNorm
     from alexnet_mp.parallel.exchange import GroupLink, Meter
     from alexnet_mp.parallel.rendezvous import choose_device
-    from alexnet_mp.plotting.pictures import draw_samples
+    from alexnet_mp.plotting.predictions import draw_samples
     from alexnet_mp.training.schedule import EarlyStopping
     from alexnet_mp.training.sgd2012 import SGD2012
     from alexnet_mp.training.trainer import Trainer
@@ -52,7 +52,7 @@ _MODULES = {
     "ops.response_norm": ("LocalResponseNorm",),
     "parallel.exchange": ("GroupLink", "Meter"),
     "parallel.rendezvous": ("choose_device",),
-    "plotting.pictures": ("draw_samples",),
+    "plotting.predictions": ("draw_samples",),
     "training.schedule": ("EarlyStopping",),
     "training.sgd2012": ("SGD2012",),
     "training.trainer": ("Trainer",),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from alexnet_mp.cli.parser import parse_evaluate
 from alexnet_mp.cli.process import printing_json
-from alexnet_mp.inference.ensemble import evaluate_checkpoints
+from alexnet_mp.inference.evaluate import evaluate_checkpoints
 
 
 def evaluate(argv: Sequence[str]) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from alexnet_mp.cli.parser import parse_figures
 from alexnet_mp.cli.process import printing_json, refuse_several_ranks
-from alexnet_mp.inference.run_pictures import FinishedRun, draw
+from alexnet_mp.inference.finished_run import FinishedRun
+from alexnet_mp.inference.run_pictures import draw
 from alexnet_mp.parallel.rendezvous import Environment, choose_device, set_threads
 
 
@@ -19,7 +20,7 @@ def figures(argv: Sequence[str]) -> int:
     set_threads(request.threads, Environment(), device)
     facts = {}
     with printing_json(request.json) as write:
-        run = FinishedRun(request.run, device, request.data_dir, progress=True)
+        run = FinishedRun(request.run, device, request.data_dir, show_progress=True)
         for picture in draw(
             run,
             Path(request.out or request.run),

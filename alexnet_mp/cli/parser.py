@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -31,6 +31,7 @@ from alexnet_mp.config.renamed import refuse_old_spellings
 from alexnet_mp.parallel.rendezvous import launcher, restarts
 from alexnet_mp.training.checkpoint import read_to_resume
 
+DESCRIPTION_MARK = "@description@"
 LAST = "last"
 """The value of `--resume` without a file."""
 FREE_ON_RESUME = {"epochs", "max_steps", "patience", "delta", "data_dir"}
@@ -334,30 +335,41 @@ def _tyro(
 ) -> Request:
     """Tyro's reading of `argv` as a `kind`, whose fields are `default`'s where no flag changes them."""
     options: dict[str, Any] = {} if default is None else {"default": default}
-    with _one_line_errors(), _plain_help():
+    with _one_line_errors(), _help_with(description):
         result: Request = tyro.cli(
             tyro.conf.OmitArgPrefixes[kind],
             args=list(argv),
             prog=typed_command(),
-            description=description,
+            description=DESCRIPTION_MARK,
             **options,
         )
         return result
 
 
+class _HelpScreen(io.StringIO):
+    """Receives tyro's help, in color where a terminal shows it and NO_COLOR does not forbid it."""
+
+    def __init__(self, screen: TextIO) -> None:
+        super().__init__()
+        self._color = screen.isatty() and not os.environ.get("NO_COLOR")
+
+    def isatty(self) -> bool:
+        return self._color
+
+
 @contextlib.contextmanager
-def _plain_help() -> Iterator[None]:
-    """Keeps tyro's help free of color where NO_COLOR is set, and silent on all ranks but the first."""
-    if is_main_process() and not os.environ.get("NO_COLOR"):
-        yield
-        return
-    text = io.StringIO()
+def _help_with(description: str) -> Iterator[None]:
+    """Prints the help that tyro writes inside the block, with `description` in it, on the first rank only.
+
+    Tyro would put the description on one line, however long.
+    """
+    text = _HelpScreen(sys.stdout)
     try:
         with contextlib.redirect_stdout(text):
             yield
     finally:
         if is_main_process():
-            sys.stdout.write(text.getvalue())
+            sys.stdout.write(text.getvalue().replace(DESCRIPTION_MARK, description))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from alexnet_mp.cli.parser import is_main_process, parse_predict
 from alexnet_mp.cli.process import fail, printing_json
-from alexnet_mp.inference.ensemble import predict_files
+from alexnet_mp.inference.predict import predict_files
 
 
 def predict(argv: Sequence[str]) -> int:

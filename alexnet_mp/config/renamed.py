@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def with_current_names(fields: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_old_spellings(argv: Sequence[str]) -> None:
     """Raises ValueError, naming the new spelling, for the first old flag or value in `argv`."""
     words = [part for word in argv for part in _flag_and_value(word)]
-    for flag, value in zip(words, [*words[1:], ""], strict=True):
+    for flag, value in itertools.pairwise([*words, ""]):
         negation = "no-" if flag.startswith("--no-") else ""
         name = flag.removeprefix(f"--{negation}").replace("-", "_")
         if flag.startswith("--") and name in RENAMED_FIELDS:

@@ -14,7 +14,8 @@ from alexnet_mp import preset
 from alexnet_mp.cli.parser import UsageError, parse_evaluate, parse_predict
 from alexnet_mp.config.arguments import Networks, PredictRequest
 from alexnet_mp.data import load
-from alexnet_mp.inference.ensemble import EnsembleRunner, predict_files
+from alexnet_mp.inference.ensemble import EnsembleRunner
+from alexnet_mp.inference.predict import predict_files
 from alexnet_mp.training import checkpoint
 from alexnet_mp.training.run import run
 
