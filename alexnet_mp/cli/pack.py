@@ -9,7 +9,7 @@ from pathlib import Path
 from alexnet_mp.cli.parser import parse_pack
 from alexnet_mp.cli.process import printing_json, refuse_several_ranks
 from alexnet_mp.config.command import typed_command
-from alexnet_mp.data import dataset_packer
+from alexnet_mp.data import dataset_packer, folder_layout
 from alexnet_mp.data.shard_writer import Packing
 
 
@@ -24,8 +24,8 @@ def pack(argv: Sequence[str]) -> int:
     assert source is not None  # the flags' check has seen to it
     packing = Packing(request.encode, request.on_error, request.workers, progress=True)
     with printing_json(request.json) as write:
-        listings = dataset_packer.list_source(source, labels, synsets, _print_line)
-        dataset_packer.tell(listings, _print_line)
+        listings = folder_layout.list_source(source, labels, synsets, _print_line)
+        folder_layout.report(listings, _print_line)
         if request.check:
             report = dataset_packer.check(listings, packing)
             _print_line("\n".join(dataset_packer.report_lines(report)))

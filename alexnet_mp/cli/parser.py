@@ -28,6 +28,7 @@ from alexnet_mp.config.arguments import (
 from alexnet_mp.config.command import torchrun_command, typed_command
 from alexnet_mp.config.presets import preset
 from alexnet_mp.config.renamed import refuse_old_spellings
+from alexnet_mp.data.folder_layout import find_layout
 from alexnet_mp.parallel.rendezvous import launcher, restarts
 from alexnet_mp.training.checkpoint import read_to_resume
 
@@ -223,14 +224,12 @@ def _with_found_data(config: Config, peek: _Peek) -> Config:
     if peek.data_dir is None or peek.data is not None or config.data.data != "shapes":
         return config
     path = Path(peek.data_dir).expanduser()
-    if not path.exists():
-        raise ValueError(f"--data-dir {path}: no such file or folder")
     kind = "store" if any(path.glob("*/header.json")) else "folder"
-    if kind == "folder" and path.is_dir() and not any(entry.is_dir() for entry in path.iterdir()):
-        raise ValueError(
-            f"--data-dir {path}: neither a store nor a folder of images sorted into classes; "
-            "say what it is with --data, and see --help"
-        )
+    if kind == "folder":
+        try:
+            find_layout(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error} (--data says what else it may be)") from None
     if is_main_process():
         print(f"--data-dir {path}: taken as --data {kind}", flush=True)
     return config.with_fields(data=kind)

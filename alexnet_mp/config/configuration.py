@@ -35,6 +35,8 @@ class DataConfig:
     """Likewise for the test split."""
     validation_share: float = 0.1
     """Class-balanced share of the training images held out for validation, where the set has no split of its own."""
+    validation: Literal["held-out", "val"] = "held-out"
+    """Where a set has one split beside train, the test split. held-out: validate on a share of train. val: train on all of train and validate on the test images, as the paper and the 2012 source do."""
     stored_side: int = 256
     """Side of the stored images that the crop is scaled to (P 2)."""
     crop_of: int = 227

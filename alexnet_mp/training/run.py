@@ -409,6 +409,7 @@ class Run:
         try:
             from alexnet_mp.plotting.curves import draw_curves
 
-            draw_curves(self.trainer.history, self.out / "curves.png")
+            classes = len(self.data["classes"])
+            draw_curves(self.trainer.history, self.out / "curves.png", 1, classes)
         except Exception as error:  # of any kind, matplotlib's import too: a picture must not cost the run its result
             self.print_rank0(f"curves.png could not be drawn: {error}")

@@ -216,10 +216,9 @@ def test_a_data_dir_alone_is_taken_as_it_is(tmp_path, capsys, path: str, kind: s
 
 def test_a_data_dir_alone_that_holds_no_classes_is_refused(tmp_path) -> None:
     (tmp_path / "1.png").touch()
-    with pytest.raises(UsageError, match=f"--data-dir {tmp_path}: neither a store nor a folder"):
-        parse_train(["--data-dir", str(tmp_path)])
-    with pytest.raises(UsageError, match="no such file or folder"):
-        parse_train(["--data-dir", str(tmp_path / "none")])
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UsageError, match=f"^--data-dir {path}: .*--data says what else"):
+            parse_train(["--data-dir", str(path)])
 
 
 def test_a_data_dir_beside_a_data_set_is_only_its_place(tmp_path, capsys) -> None:
