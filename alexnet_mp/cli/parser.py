@@ -28,6 +28,7 @@ from alexnet_mp.config.arguments import (
 from alexnet_mp.config.command import torchrun_command, typed_command
 from alexnet_mp.config.presets import preset
 from alexnet_mp.config.renamed import refuse_old_spellings
+from alexnet_mp.data.dataset_packer import unfinished
 from alexnet_mp.data.folder_layout import find_layout
 from alexnet_mp.parallel.rendezvous import launcher, restarts
 from alexnet_mp.training.checkpoint import read_to_resume
@@ -224,7 +225,8 @@ def _with_found_data(config: Config, peek: _Peek) -> Config:
     if peek.data_dir is None or peek.data is not None or config.data.data != "shapes":
         return config
     path = Path(peek.data_dir).expanduser()
-    kind = "store" if any(path.glob("*/header.json")) else "folder"
+    packed = any(path.glob("*/header.json")) or unfinished(path) is not None
+    kind = "store" if packed else "folder"
     if kind == "folder":
         try:
             find_layout(path)
