@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from alexnet_mp.config.model import LAYERS, ModelConfig, check, check_not_negative
+from alexnet_mp.config.renamed import with_current_names
 
 __all__ = ["LAYERS", "Config", "DataConfig", "ModelConfig", "RecipeConfig", "RunConfig"]
 
@@ -244,11 +245,17 @@ class Config:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Config:
-        """The inverse of `to_dict`. Raises ValueError where a field is unknown or refused."""
+        """The inverse of `to_dict`; names and values of earlier versions are brought up to date.
+
+        Raises ValueError where a field is unknown or refused.
+        """
         try:
             parts = {
                 name: kind(
-                    **{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()}
+                    **{
+                        k: tuple(v) if isinstance(v, list) else v
+                        for k, v in with_current_names(values[name]).items()
+                    }
                 )
                 for name, kind in (
                     ("model", ModelConfig),
