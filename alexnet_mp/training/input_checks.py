@@ -36,11 +36,14 @@ def unpack_batch(batch: Any, loader: str) -> tuple[Tensor, Tensor]:
             f"the {loader} loader gives a {type(batch).__name__} with the keys {keys}; {WANTED}: "
             "let its collate_fn return the two tensors"
         )
-    if not isinstance(batch, tuple | list) or len(batch) < 2:
+    if isinstance(batch, Tensor | np.ndarray | str):  # whose first two rows are no batch
+        raise ValueError(f"the {loader} loader gives a {type(batch).__name__}; {WANTED}")
+    try:
+        images, labels = batch[0], batch[1]
+    except (TypeError, IndexError, KeyError, AttributeError):
         found = type(batch).__name__
         found += f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise ValueError(f"the {loader} loader gives a {found}; {WANTED}")
-    images, labels = batch[0], batch[1]
+        raise ValueError(f"the {loader} loader gives a {found}; {WANTED}") from None
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)
     if not isinstance(images, Tensor):

@@ -57,12 +57,12 @@ class RunFolder:
         """Writes result.json."""
         self._write_json("result.json", result)
 
-    def draw_curves(self, records: list[dict[str, Any]]) -> str:
+    def draw_curves(self, records: list[dict[str, Any]], classes: int) -> str:
         """Draws curves.png. Returns why that failed, or "": a picture must not cost the run its result."""
         try:
             from alexnet_mp.plotting.curves import draw_curves  # matplotlib may be broken
 
-            draw_curves(records, self.path / "curves.png")
+            draw_curves(records, self.path / "curves.png", classes=classes)
         except Exception as error:  # of any kind
             return f"curves.png could not be drawn: {error}"
         return ""
