@@ -290,9 +290,9 @@ class Run:
         context.run_on_rank0(lambda: folder.write_result(result))
         if context.is_rank0:
             context.status = "drawing the curves"
-            classes = len(self.data["classes"])
-            if history and (failure := folder.draw_curves(history, classes)):
+            if history and (failure := folder.draw_curves(history, len(self.data["classes"]))):
                 self.print_rank0(failure)
-            self.print_rank0(run_messages.scores(scores, trainer.best["epoch"], classes))
+            logits = self.config.model.classes
+            self.print_rank0(run_messages.scores(scores, trainer.best["epoch"], logits))
             self.print_rank0(f"files in {folder.path}: {'  '.join(folder.file_names())}")
         return result

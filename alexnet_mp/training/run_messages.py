@@ -78,9 +78,9 @@ def stopped(trainer: Trainer, folder: Path) -> str:
     )
 
 
-def scores(found: Scores, best_epoch: int | None, classes: int) -> str:
+def scores(found: Scores, best_epoch: int | None, logits: int) -> str:
     """The line of the final test."""
-    top5 = f", top-{min(5, classes)} {found.top5:.2%}" if classes > 2 else ""
+    top5 = f", top-{min(5, logits)} {found.top5:.2%}" if logits > 2 else ""
     weights = f"epoch {best_epoch}" if best_epoch else "the last step"
     return (
         f"test: loss {found.loss:.4f}, accuracy {found.top1:.2%}{top5} "

@@ -240,7 +240,7 @@ def test_the_result_is_of_the_best_weights_not_of_the_last(finished) -> None:
 def test_a_matplotlib_that_does_not_work_costs_the_picture_only(
     tmp_path, monkeypatch, capsys
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to process string with tex")
 
     monkeypatch.setattr("alexnet_mp.plotting.curves.draw_curves", broken)
