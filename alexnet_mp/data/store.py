@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -19,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_mp.config.files import temporary_path
+from alexnet_mp.data.decode import resize
 from alexnet_mp.data.mapping import release
 from alexnet_mp.data.shard_arrays import open_shelves, stored_bytes
 from alexnet_mp.data.statistics import Statistics, Sums, sums_of
@@ -37,29 +36,8 @@ FITS = 2 * 10**9
 """Bytes of a resized copy that may be kept in memory."""
 
 
-def resize(images: Tensor, side: int) -> Tensor:
-    """uint8 (N, 3, s, s) -> uint8 (N, 3, side, side): bilinear, with antialias where it reduces.
-
-    Every image is resized on its own, in whole numbers on the CPU: the bits do not depend on the batch. CUDA has no such
-    kernel; there it is done in float32 and rounded, which may differ by one gray level.
-    """
-    if images.shape[-1] == side:
-        return images
-    if not len(images):
-        return images.new_empty((0, 3, side, side))
-    if images.device.type == "mps":  # has no antialias
-        return resize(images.cpu(), side).to(images.device)
-    if images.device.type == "cpu":
-        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    return (
-        F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
-        .round_()
-        .clamp_(0, 255)
-        .to(torch.uint8)
-    )
-
-
-Run = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+ForEachRow = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+"""Calls a function for each row, like `map`, perhaps on several threads; its result is to be iterated to the end."""
 
 
 class Store:
@@ -123,7 +101,7 @@ class Store:
         side: int | None = None,
         *,
         pinned: bool = False,
-        run: Run = map,
+        for_each_row: ForEachRow = map,
     ) -> Tensor:
         """uint8 (N, 3, side, side), on the CPU; None: the images' own side, ValueError where they have several.
 
@@ -145,7 +123,7 @@ class Store:
             else:
                 others[row] = image
 
-        for _ in run(copy, range(len(indices))):
+        for _ in for_each_row(copy, range(len(indices))):
             pass
         for own in {image.shape[-1] for image in others.values()}:
             rows = sorted(row for row, image in others.items() if image.shape[-1] == own)
@@ -231,7 +209,7 @@ class Store:
         ):  # missing or damaged: measuring mends it
             content = (self.path / "sums.npz").read_bytes()
             if zlib.crc32(content) == read_header(self.path)["checksums"]["sums.npz"]:
-                sums = Sums.read(io.BytesIO(content))
+                sums = Sums.from_bytes(content)
                 return sums if sums.count == sum(map(len, self.shelves)) else None
         return None
 

@@ -120,7 +120,7 @@ def curves(run: FinishedRun, out: Path, window: int = 1) -> Picture:
     }
     return Picture(
         out / "curves.png",
-        f"{len(run.history)} epochs; lowest validation loss {best['val_loss']:.4f} after epoch "
+        f"{len(run.history)} epoch{'s' * (len(run.history) > 1)}; lowest validation loss {best['val_loss']:.4f} after epoch "
         f"{best['epoch']}, error there {1 - best['val_top1']:.2%}",
         facts,
     )

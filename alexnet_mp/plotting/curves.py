@@ -97,7 +97,7 @@ def draw_curves(
     losses.axvline(best["epoch"], color="gray", linestyle=":", label=label)
     _mark_lr_drops(losses, history)
     for axes in (losses, errors):
-        axes.set_ylim(bottom=0)
+        _start_at_zero(axes)
         axes.legend()
     return save_figure(figure, path)
 
@@ -137,7 +137,7 @@ def compare_curves(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     label = AXIS_LABELS.get(key, key) + _window_note(window, *runs.values())
     axes.set(xlabel="epoch", ylabel=label)
-    axes.set_ylim(bottom=0)
+    _start_at_zero(axes)
     axes.legend(prop={"family": font_families()})
     return save_figure(figure, path)
 
@@ -196,6 +196,12 @@ def _window_note(window: int, *histories: Sequence[Record]) -> str:
     return f", mean of {longest} epochs" if longest > 1 else ""
 
 
+def _start_at_zero(axes: Axes) -> None:
+    """Lets the y axis begin at 0 and end a little above the highest value."""
+    highest = float(axes.dataLim.y1)
+    axes.set_ylim(0, 1.05 * highest if highest > 0 else 1.0)
+
+
 def _line(
     axes: Axes, values: Sequence[float], label: str, color: str, window: int, pale: bool = False
 ) -> None:
@@ -207,5 +213,5 @@ def _line(
         axes.plot(np.arange(1, last + 1), values, color=color, alpha=0.25, linewidth=1)
     marker = "o" if len(smooth) < 30 else None
     axes.plot(epochs, smooth, label=label, color=color, marker=marker, markersize=3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)

@@ -13,6 +13,7 @@ from image_sets import make_folder, mixed_store, random_store
 
 from alexnet_mp.config import Config, DataConfig
 from alexnet_mp.data import Augment, Loader, Splits, Store, build_loaders
+from alexnet_mp.data.folder_layout import list_source
 from alexnet_mp.data.loader import PREFETCH
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -114,6 +115,16 @@ def test_iterating_twice_gives_the_epoch_twice_and_another_epoch_another_order_a
     one.set_epoch(1)
     assert [b.labels.tolist() for b in one] != [b.labels.tolist() for b in first]
     assert not torch.equal(one.augment.draw(7, 0, 0, 16).top, one.augment.draw(7, 1, 0, 16).top)
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_crops_flips_and_colors_are_those_of_the_epoch(epoch: int) -> None:
+    one = loader()
+    one.set_epoch(epoch, skip=1)
+    for number, batch in enumerate(one, 1):
+        images = one.store.gather(one.order(epoch)[number * 16 : (number + 1) * 16])
+        params = one.augment.draw(7, epoch, number, len(images))
+        assert torch.equal(batch.images, one.augment.train(images, params))
 
 
 def test_evaluation_keeps_the_stored_order_and_the_same_images_every_time() -> None:
@@ -245,17 +256,12 @@ def test_what_the_thread_prepares_is_what_the_augmentation_makes_of_the_gathered
         images = store.gather(one.order(0)[number * 16 : (number + 1) * 16])
         draw = augment.draw(7, 0, number, len(images))
         expected = (
-            augment._scaled(augment._centered(images, draw.top, draw.left, draw.flip))
-            if train
-            else augment.test(images)
+            augment._scaled(augment._centered(images, draw)) if train else augment.test(images)
         )
         if (
             train
         ):  # as it was computed before there was one pass: the same operations in the same order
-            expected = (
-                augment._centered(images, draw.top, draw.left, draw.flip)
-                + draw.color[:, :, None, None]
-            )
+            expected = augment._centered(images, draw) + draw.color[:, :, None, None]
             expected = augment._scaled(expected / 1.1 if divides else expected)
         assert torch.equal(batch.images, expected)
 
@@ -287,7 +293,7 @@ def test_a_jpeg_store_gives_the_batches_of_its_decoded_images(tmp_path: Path) ->
     from alexnet_mp.data.shard_writer import Packing
 
     dataset_packer.pack(
-        dataset_packer.list_source(make_folder(tmp_path / "set")),
+        list_source(make_folder(tmp_path / "set")),
         tmp_path / "store",
         Packing("jpeg"),
     )

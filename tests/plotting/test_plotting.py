@@ -96,6 +96,18 @@ def test_curves_are_losses_and_errors_over_epochs(tmp_path) -> None:
     assert [text.get_text() for text in losses.texts] == [" lr 0.01"]
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 8])
+def test_axes_begin_at_0_end_above_the_curves_and_count_whole_epochs(epochs: int) -> None:
+    small = [record | {"train_loss": 0.02, "val_loss": 0.04} for record in history(epochs)]
+    figure = draw_curves(small)
+    figure.canvas.draw()
+    for axes, highest in zip(figure.axes, (0.04, 0.9), strict=True):
+        bottom, top = axes.get_ylim()
+        assert bottom == 0 and highest < top < 1.1 * highest
+        shown = [tick for tick in axes.get_xticks()]
+        assert all(tick == round(tick) for tick in shown)
+
+
 @pytest.mark.parametrize(("classes", "drawn"), [(2, False), (5, False), (6, True), (None, True)])
 def test_top_5_is_drawn_only_where_there_are_more_than_five_classes(classes, drawn: bool) -> None:
     _, errors = draw_curves(history(3), classes=classes).axes
