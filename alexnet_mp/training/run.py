@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -79,9 +80,10 @@ class Run:
             return {"stopped": True, "out": str(self.folder.path)}
 
     def print_rank0(self, text: str) -> None:
-        """Prints on rank 0 only."""
+        """Prints on rank 0 only. A screen that is gone does not end the run."""
         if self.context.is_rank0:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
 
     # --- prepare
 
@@ -120,6 +122,7 @@ class Run:
         self.train_loader: Any = train_loader  # or the profiler's view of it
         images = [len(splits.train), len(splits.val), len(splits.test)]
         self.data: dict[str, Any] = {"classes": classes, "images": images}
+        self.validation = splits.validation
         check_alike(context, splits)
         self.print_rank0(
             f"{config.data.data}: {len(classes)} classes; "
@@ -283,6 +286,7 @@ class Run:
             "ranks": context.world_size,
             "device": str(context.device),
             "precision": self.config.run.precision,
+            "validation": self.validation,
             "exchange": run_messages.exchange(
                 context, trainer, self.config.model.crossings, self.test_loader.images
             ),
@@ -293,6 +297,7 @@ class Run:
             if history and (failure := folder.draw_curves(history, len(self.data["classes"]))):
                 self.print_rank0(failure)
             logits = self.config.model.classes
-            self.print_rank0(run_messages.scores(scores, trainer.best["epoch"], logits))
+            best_epoch = trainer.best["epoch"]
+            self.print_rank0(run_messages.scores(scores, best_epoch, logits, self.validation))
             self.print_rank0(f"files in {folder.path}: {'  '.join(folder.file_names())}")
         return result

@@ -1,10 +1,12 @@
 """Whole runs on generated images: the same on two ranks and on one, resumed or not, with every file that the README promises."""
 
+import io
 import json
 import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ import alexnet_mp
 from alexnet_mp import AlexNet, Config
 from alexnet_mp.cli.parser import UsageError, parse_train
 from alexnet_mp.parallel.rendezvous import code_version
-from alexnet_mp.training import checkpoint
+from alexnet_mp.training import checkpoint, run_messages
 from alexnet_mp.training import trainer as trainer_module
+from alexnet_mp.training.metrics import Scores
 from alexnet_mp.training.run import run
 from alexnet_mp.training.trainer import NonFiniteError
 
@@ -86,6 +89,7 @@ def test_a_run_writes_its_files(finished) -> None:
         "ranks",
         "device",
         "precision",
+        "validation",
         "exchange",
     ]
     assert (result["epochs"], result["steps"], result["ranks"], result["device"]) == (
@@ -412,3 +416,30 @@ def test_config_json_names_version_and_digest_of_the_code(finished) -> None:
     environment = json.loads((finished / "config.json").read_text())["environment"]
     assert environment["alexnet_mp"] == alexnet_mp.__version__
     assert environment["code"] == code_version()
+
+
+def test_a_lost_screen_ends_no_run_and_lines_come_after_the_saving(tmp_path, monkeypatch) -> None:
+    saved = []
+
+    class LostScreen(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.lstrip().startswith("1 "):  # the line of the first epoch
+                saved.append(checkpoint.read(tmp_path / "run" / "last.pt")["loop"]["epoch"])
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", LostScreen())
+    result = one(tmp_path / "run", epochs=2)
+    assert result["epochs"] == 2 and (tmp_path / "run" / "result.json").exists()
+    assert saved == [1]
+
+
+def test_the_result_says_where_its_validation_images_came_from(finished) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["validation"] == "own split"
+    found = Scores(loss=1.0, top1=0.5, top5=1.0, images=40)
+    line = run_messages.scores(found, 3, 10, "test images")
+    assert line == (
+        "test: loss 1.0000, accuracy 50.00%, top-5 100.00% "
+        "(40 images, weights of epoch 3, which these images chose)"
+    )
+    assert "chose" not in run_messages.scores(found, 3, 10, "own split")
