@@ -199,3 +199,24 @@ class FiguresRequest:
         for name in ("images", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """The flags of the command `check`."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = RunConfig.device
+    """auto: CUDA, else Apple's MPS (one rank), else the CPU."""
+    backend: Literal["auto", "gloo", "nccl"] = RunConfig.backend
+    """auto: nccl where each rank has a GPU of its own, else gloo."""
+    threads: int = RunConfig.threads
+    """CPU threads of each rank; 0 shares the machine's cores evenly."""
+    timeout: float = RunConfig.timeout
+    """Seconds that one rank waits for another before it gives up."""
+    seconds: float = 8.0
+    """Seconds of each timing of training: on all ranks, and on one."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write the rows into this file too; -: to the standard output, and nothing else there."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.seconds < 1e4, f"--seconds {self.seconds}: a positive number of seconds")

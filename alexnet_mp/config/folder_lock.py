@@ -1,4 +1,7 @@
-"""One run at a time writes into a folder."""
+"""One process at a time writes into a folder.
+
+`filelock` does not say who holds a lock and gives up where flock answers EBADF or ENOLCK, as network file systems may.
+"""
 
 from __future__ import annotations
 
@@ -6,58 +9,80 @@ import contextlib
 import errno
 import json
 import os
-import socket
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from alexnet_mp.config.processes import host_identity, process_state
 
-NAME = ".lock"
+if sys.platform != "win32":
+    import fcntl
+
+LOCK_NAME = ".lock"
+CAN_LOCK = sys.platform != "win32"
+POLL_SECONDS = 0.2
+"""Between two looks at a lock that is waited for."""
 
 
 class FolderLock:
-    """Held from `take` to `release`, or to the end of the process, however it ends: the system frees the lock, the file it leaves is stale."""
+    """Held from `take` to `release`, or to the end of the process: the system then frees the lock.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / NAME
+    The lock is a file in the folder, opened for writing, which NFS needs. It names its holder. A file
+    that a killed process left does not lock anybody out.
+    """
+
+    def __init__(self, folder: Path, activity: str = "another run writes there") -> None:
+        """`activity` begins the message of the OSError that a second process gets."""
+        self.path, self.activity = folder / LOCK_NAME, activity
         self._descriptor: int | None = None
 
-    def take(self) -> None:
-        """OSError, naming the process that holds it, where another run writes into the folder."""
-        mine = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                if not _lock(descriptor, self._holder()):
-                    holder = self._holder()
-                    raise OSError(
-                        f"another run writes there: process {holder.get('pid', '?')} on {holder.get('host', '?')}, since "
-                        f"{holder.get('since', '?')}; wait for it, stop it, or name another folder"
-                    )
-                if _same_file(descriptor, self.path):  # else its holder removed it in between
-                    os.ftruncate(descriptor, 0)
-                    os.write(descriptor, json.dumps(mine).encode())
-                    self._descriptor = descriptor
-                    return
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
+    def take(self, wait: bool = False) -> None:
+        """Takes the lock. OSError, naming the process that holds it, unless it shall `wait`."""
+        while not self._try():
+            if not wait:
+                holder = self._holder()
+                raise OSError(
+                    f"{self.activity}: process {holder.get('pid', '?')} on "
+                    f"{str(holder.get('host', '?')).partition(' ')[0]}, since "
+                    f"{holder.get('since', '?')}; wait for it, stop it, or name another folder"
+                )
+            time.sleep(POLL_SECONDS)
 
     def release(self) -> None:
-        """Removes the file, while it is still ours."""
+        """Removes the file, while it is still this process's own."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             with contextlib.suppress(OSError):
                 if _same_file(descriptor, self.path):
                     self.path.unlink()
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def held(self, wait: bool = False) -> Iterator[None]:
+        """The lock for the length of a block. Raises as `take`."""
+        self.take(wait)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def _try(self) -> bool:
+        """One attempt at the lock."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if not _lock(descriptor, self._holder()):
+                    os.close(descriptor)
+                    return False
+                if _same_file(descriptor, self.path):  # else its holder removed it in between
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, json.dumps(_this_process()).encode())
+                    self._descriptor = descriptor
+                    return True
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
 
     def _holder(self) -> dict[str, object]:
@@ -68,30 +93,27 @@ class FolderLock:
         return holder if isinstance(holder, dict) else {}
 
 
+def _this_process() -> dict[str, object]:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"pid": os.getpid(), "host": host_identity(), "since": since}
+
+
 def _lock(descriptor: int, holder: dict[str, object]) -> bool:
-    if fcntl is not None:
+    if CAN_LOCK:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
-    # A file system without locks: all that can be known is whether the process that the file names still runs on this host.
+    # A file system without locks: only whether the named process still runs on this host can be known.
+    pid = holder.get("pid")
     return not (
-        holder.get("host") == socket.gethostname()
-        and isinstance(holder.get("pid"), int)
-        and _runs(holder["pid"])
+        holder.get("host") == host_identity()
+        and isinstance(pid, int)
+        and pid != os.getpid()
+        and process_state(pid)
     )
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return pid != os.getpid()
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

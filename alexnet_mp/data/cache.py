@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from alexnet_mp.data.store_format import commit_folder, temporary_path
+from alexnet_mp.config.files import commit_folder, temporary_path
 
 RunOncePerHost = Callable[[Callable[[], None]], None]
 """Runs work on one rank of each host while the others wait, and raises its failure on all."""

@@ -14,16 +14,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from alexnet_mp.config.files import remove_leftovers, sync_folder, write_atomically
+from alexnet_mp.config.folder_lock import LOCK_NAME, FolderLock
 from alexnet_mp.data import image_folder, store_format
 from alexnet_mp.data.decode import SIDE
 from alexnet_mp.data.image_folder import SPLITS, Listing
 from alexnet_mp.data.shard_writer import Packing, cores, decoded, pack_split, packed_files, quiet
 from alexnet_mp.data.val_labels import read_labels
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 UNFINISHED = "unfinished.json"
 """In a store's folder while it is being packed, and after that was interrupted."""
@@ -109,19 +106,15 @@ def pack(
     _check_begun(store, plan, listings)
     _check_room(store, count, packing, say)
     store.mkdir(parents=True, exist_ok=True)
-    with _alone(store, wait):
-        for leftover in store.glob(".*.tmp"):
-            leftover.unlink()
-        store_format.write_atomically(
-            store / UNFINISHED, (json.dumps(plan | {"command": command}) + "\n").encode()
-        )
-        store_format.sync(store)
+    with _lock(store, wait):
+        remove_leftovers(store)
+        write_atomically(store / UNFINISHED, json.dumps(plan | {"command": command}) + "\n")
         headers = {
             name: pack_split(listing, store / name, packing, name == "train")
             for name, listing in listings.items()
         }
         (store / UNFINISHED).unlink()
-        store_format.sync(store)
+        sync_folder(store)
     seconds = time.perf_counter() - started
     splits = {name: _summary(listings[name], header) for name, header in headers.items()}
     return {
@@ -229,7 +222,7 @@ def _check_begun(store: Path, plan: Mapping[str, Any], listings: Mapping[str, Li
         begun = json.loads((store / UNFINISHED).read_text(encoding="utf-8"))
     if strange := sorted(
         name
-        for name in names - {UNFINISHED, *SPLITS}
+        for name in names - {UNFINISHED, LOCK_NAME, *SPLITS}
         if not (name.startswith(".") and name.endswith(".tmp"))
     ):
         raise ValueError(
@@ -280,20 +273,14 @@ def _check_room(store: Path, count: int, packing: Packing, say: Say) -> None:
 
 
 @contextlib.contextmanager
-def _alone(store: Path, wait: bool) -> Iterator[None]:
-    """Keeps a second process from packing into the same folder; the system frees it when the first one ends, however it does."""
-    descriptor = os.open(store, os.O_RDONLY) if fcntl else None
+def _lock(store: Path, wait: bool) -> Iterator[None]:
+    """Keeps a second process from packing into the same folder; ValueError in that one, unless it waits."""
+    lock = FolderLock(store, "another process is packing into it")
     try:
-        if fcntl:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise ValueError(
-                    f"STORE {store}: another process is packing into it; wait for that one"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+        lock.take(wait)
+    except OSError as error:
+        raise ValueError(f"STORE {store}: {error}") from None
+    try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        lock.release()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Iterator
-from functools import cache
 
 import numpy as np
 
 from alexnet_mp.config.seeds import combine
+from alexnet_mp.data.mapping import will_need
+from alexnet_mp.data.shard_arrays import stored_bytes
 from alexnet_mp.data.store import Store
 
 BLOCK_SIZE = 64
 """Images of a block, which lie behind each other in the store: 12.6 MB at 256 pixels, a tenth of a second of a spinning disk."""
 SHUFFLE_WINDOW = 128
 """Blocks whose images are mixed: 8,192 images, 1.6 GB at 256 pixels. Two windows at a time should fit into memory."""
-WILL_NEED = 3  # MADV_WILLNEED, the same number on Linux, macOS and the BSDs
 
 
 def full_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -68,28 +66,4 @@ class ReadAhead:
         places = self.store.places[run]
         for shelf in np.unique(places[:, 0]):
             rows = places[places[:, 0] == shelf, 1]
-            will_need(self.store.shelves[shelf], int(rows.min()), int(rows.max()) + 1)
-
-
-def will_need(shelf: object, first: int, last: int) -> None:
-    """Starts reading rows `first` to `last` - 1 of a memory-mapped shelf, and returns at once. Elsewhere than on a disk: nothing."""
-    part = (
-        shelf[first:last]
-        if isinstance(shelf, np.ndarray)
-        else shelf.data[shelf.ends[first] : shelf.ends[last]]
-    )
-    if advise := _madvise():
-        start = part.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-        advise(
-            ctypes.c_void_p(start),
-            ctypes.c_size_t(part.ctypes.data + part.nbytes - start),
-            WILL_NEED,
-        )
-
-
-@cache
-def _madvise() -> object | None:
-    try:
-        return ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):  # Windows
-        return None
+            will_need(stored_bytes(self.store.shelves[shelf], int(rows.min()), int(rows.max()) + 1))

@@ -34,6 +34,13 @@ class JpegShelf:
         )
 
 
+def stored_bytes(shelf: np.ndarray | JpegShelf, first: int, last: int) -> np.ndarray:
+    """The memory in which images `first` to `last` - 1 of a shelf lie, as they are stored."""
+    if isinstance(shelf, JpegShelf):
+        return shelf.data[shelf.ends[first] : shelf.ends[last]]
+    return shelf[first:last]
+
+
 def open_shelves(path: Path, header: dict[str, Any], verify: bool) -> list[Any]:
     """The shelves of the store in `path`, memory-mapped. ValueError naming the file that is missing or damaged."""
     encoded, shelves, first = header.get("encode", "raw") == "jpeg", [], 0
@@ -47,11 +54,8 @@ def open_shelves(path: Path, header: dict[str, Any], verify: bool) -> list[Any]:
     )
     for number, shard in enumerate(header["shards"]):
         name = shard_name(number)
-        # A plain array: a memmap's own indexing costs more than the copy of a small image.
-        data = np.asarray(
-            open_array(
-                path, name, np.uint8, (shard["bytes"],), shard["checksum"] if verify else None
-            )
+        data = open_array(
+            path, name, np.uint8, (shard["bytes"],), shard["checksum"] if verify else None
         )
         start = 0
         for side, count in zip(shard["sides"], shard["counts"], strict=True):

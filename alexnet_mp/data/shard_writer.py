@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from alexnet_mp.config.files import remove_leftovers, write_atomically
 from alexnet_mp.data import jpeg, store_format
 from alexnet_mp.data.decode import SIDE, try_read
 from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.statistics import Sums
 from alexnet_mp.data.store import Store
-from alexnet_mp.data.store_format import EncodedImage, StoreIndex, shard_name, write_atomically
+from alexnet_mp.data.store_format import EncodedImage, StoreIndex, shard_name
 
 SHOWN = 3
 """Bad files that one message names."""
@@ -76,8 +77,7 @@ def pack_split(listing: Listing, path: Path, packing: Packing, with_sums: bool) 
             if header := _complete(path, digests, packing):
                 return header
             path.mkdir(parents=True, exist_ok=True)
-            for leftover in path.glob(".*.tmp"):  # of a process that was killed
-                leftover.unlink()
+            remove_leftovers(path)
             notes = {}
             for number in range(len(shards)):
                 if note := _finished(path, number, digests[number], packing, with_sums):
@@ -239,7 +239,7 @@ def _write(
         content = sums.to_bytes()
         write_atomically(_note(path, number, ".npz"), content)
         note["sums"] = zlib.crc32(content)
-    store_format.sync(path)  # the shard's name is there before the note says so
+    # The shard's name is on the disk by now, before the note says so.
     write_atomically(_note(path, number), json.dumps(note).encode())
     return note
 
@@ -309,14 +309,14 @@ def _finish(
         checksums={name: zlib.crc32(content) for name, content in own.items()},
         **more,
     )
-    store_format.sync(path)
     _tidy(path, len(notes))
     return store_format.read_header(path)
 
 
 def _tidy(path: Path, shards: int) -> None:
     """Removes notes, and shards of a longer list that was begun here before."""
-    for leftover in [*path.glob(".note-*"), *path.glob(".*.tmp")]:
+    remove_leftovers(path)
+    for leftover in path.glob(".note-*"):
         leftover.unlink()
     for shard in path.glob("images-*.npy"):
         if shard.name not in {shard_name(number) for number in range(shards)}:

@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_mp.data.shard_arrays import open_shelves
+from alexnet_mp.config.files import temporary_path
+from alexnet_mp.data.mapping import release
+from alexnet_mp.data.shard_arrays import open_shelves, stored_bytes
 from alexnet_mp.data.statistics import Statistics, Sums, sums_of
 from alexnet_mp.data.store_format import (
     Writer,
     blocks,
     open_array,
     read_header,
-    temporary_path,
 )
 
 FITS = 2 * 10**9
@@ -213,7 +214,13 @@ class Store:
                     else self.gather(mine[rows.start : rows.stop], side).numpy()
                 )
                 sums.merge(sums_of(images))
+                self._release(mine[rows.start : rows.stop])
         return sums
+
+    def _release(self, indices: np.ndarray) -> None:
+        """Gives back the memory of the shards that hold `indices`, where they are mapped files."""
+        for shelf in np.unique(self.places[indices, 0]):
+            release(stored_bytes(self.shelves[shelf], 0, len(self.shelves[shelf])))
 
     def _stored_sums(self) -> Sums | None:
         """Those that were taken of all images in the store's folder when it was packed."""

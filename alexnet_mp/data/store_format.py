@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,11 +22,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alexnet_mp.config.files import (
+    atomic_writer,
+    commit_folder,
+    temporary_path,
+    write_atomically,
+)
+from alexnet_mp.data.mapping import map_file, release
+
 FORMAT, VERSION = "alexnet_mp store", 2
 SHARD = 1024
 """Images in a shard: 200 MB at 256 pixels, held in memory until the shard is written."""
 BLOCK = 256
 """Images that are worked on at once where a whole set is gone through."""
+
+
+NPY_HEADER = 4096
+"""Bytes in which the header of a .npy file ends; those of a store's arrays take 128."""
 
 
 class EncodedImage(NamedTuple):
@@ -156,8 +167,7 @@ def write_shard(
     sides, counts = np.unique([image.side for image in images], return_counts=True)
     ends = np.cumsum([len(memoryview(images[i].data).cast("B")) for i in order], dtype=np.int64)
     checksum, total = 0, int(ends[-1]) if len(images) else 0
-    temporary = temporary_path(path)
-    with temporary.open("wb") as file:
+    with atomic_writer(path) as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": (total,)}
         )
@@ -165,51 +175,11 @@ def write_shard(
             data = memoryview(images[i].data).cast("B")
             file.write(data)
             checksum = zlib.crc32(data, checksum)
-        _sync_file(file)
-    os.replace(temporary, path)
     return (
         {"sides": sides.tolist(), "counts": counts.tolist(), "bytes": total, "checksum": checksum},
         order,
         ends,
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """`path` is either as it was or whole, also after a kill or a power cut."""
-    temporary = temporary_path(path)
-    with temporary.open("wb") as file:
-        file.write(content)
-        _sync_file(file)
-    os.replace(temporary, path)
-
-
-def temporary_path(path: Path) -> Path:
-    """A name in the same folder for what is to become `path`; hidden, and this process's own."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def commit_folder(temporary: Path, path: Path) -> None:
-    """Syncs everything in folder `temporary` and gives it its name, which must not exist."""
-    for entry in [*temporary.rglob("*"), temporary]:
-        sync(entry)
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def _sync_file(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Waits until the file or folder `path` is on the disk."""
-    if path.is_dir() and os.name != "posix":  # only there can a folder be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def blocks(count: int) -> Iterator[range]:
@@ -264,17 +234,14 @@ def open_array(
     """
     file = path / name
     try:
-        array = (
-            np.load(file, mmap_mode="r", allow_pickle=False)
-            if 0 not in shape
-            else np.load(file, allow_pickle=False)
-        )
+        content = map_file(file)
     except FileNotFoundError:
         raise ValueError(
             f"{file}: missing from the store; delete the folder and make it again"
         ) from None
-    except OSError:
-        raise
+    try:
+        array = _array_in(content)
+        release(content)  # the header's pages, and those that the system read along with them
     except Exception:  # NumPy raises many kinds for a damaged file, tokenize's among them
         raise ValueError(
             f"{file}: damaged (cut short, or not an array); delete the store's folder and make it again"
@@ -290,9 +257,22 @@ def open_array(
     return array
 
 
+def _array_in(content: np.ndarray) -> np.ndarray:
+    """The array in the bytes of a .npy file, without a copy."""
+    header = io.BytesIO(content[:NPY_HEADER].tobytes())
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError("not a .npy file of version 1.0")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+    if fortran_order or dtype.hasobject:
+        raise ValueError("not an array of plain numbers in C order")
+    return content[header.tell() :].view(dtype).reshape(shape)
+
+
 def checksum_of(array: np.ndarray) -> int:
     """CRC-32 of the bytes of an array, which may be memory-mapped."""
     data, checksum = np.ascontiguousarray(array).reshape(-1).view(np.uint8), 0
     for start in range(0, len(data), 2**24):
-        checksum = zlib.crc32(data[start : start + 2**24].data, checksum)
+        block = data[start : start + 2**24]
+        checksum = zlib.crc32(block.data, checksum)
+        release(block)
     return checksum

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from alexnet_mp.config import Config, check
-from alexnet_mp.config.folder_lock import NAME as LOCK
-from alexnet_mp.config.folder_lock import FolderLock
+from alexnet_mp.config.files import remove_leftovers, write_atomically
+from alexnet_mp.config.folder_lock import LOCK_NAME, FolderLock
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.ops import cpu_kernels
@@ -218,6 +218,7 @@ class Run:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
                 self.lock.take()
+                remove_leftovers(self.out)
                 if not self.config.run.resume and (self.out / "last.pt").exists():
                     raise OSError(
                         "holds another run's last.pt; continue that one with --resume, or name another folder"
@@ -236,18 +237,7 @@ class Run:
         self.context.run_on_rank0(work)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        self._write_text(name, json.dumps(content, indent=1) + "\n")
-
-    def _write_text(self, name: str, text: str) -> None:
-        """A file of the folder, whole or as it was; OSError naming it."""
-        temporary = self.out / f"{name}.tmp"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.out / name)
-        except OSError as error:
-            raise OSError(
-                f"{self.out / name}: could not be written ({error.strerror or error})"
-            ) from None
+        write_atomically(self.out / name, json.dumps(content, indent=1) + "\n")
 
     def _resume(self) -> None:
         path = self.config.run.resume
@@ -336,8 +326,9 @@ class Run:
         self.context.run_on_rank0(self._write_history)
 
     def _write_history(self) -> None:
-        self._write_text(
-            "history.jsonl", "".join(json.dumps(record) + "\n" for record in self.trainer.history)
+        write_atomically(
+            self.out / "history.jsonl",
+            "".join(json.dumps(record) + "\n" for record in self.trainer.history),
         )
 
     def _finish(self) -> dict[str, Any]:
@@ -378,7 +369,7 @@ class Run:
         )
         self.print_rank0(
             f"files in {self.out}: "
-            + "  ".join(sorted(path.name for path in self.out.iterdir() if path.name != LOCK))
+            + "  ".join(sorted(path.name for path in self.out.iterdir() if path.name != LOCK_NAME))
         )
         return result
 

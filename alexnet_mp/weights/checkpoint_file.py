@@ -23,6 +23,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
+from alexnet_mp.config.files import atomic_writer, sync_folder, temporary_path
 from alexnet_mp.model.alexnet import AlexNet
 
 FORMAT, VERSION = "alexnet_mp checkpoint", 1
@@ -157,26 +158,17 @@ class _RecordingFile:
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
     """Saves `content` to a temporary file beside `path`, syncs it, and renames it to `path`.
 
-    The temporary lies beside `path`, since a rename does not cross file systems. One that a kill
-    has left is overwritten; nothing ever reads it. Raises OSError with the system's own reason.
+    Raises OSError with the system's own reason.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            recording = _RecordingFile(file)
-            try:
-                torch.save(content, cast("IO[bytes]", recording))
-            except RuntimeError as error:
-                raise recording.failure or OSError(
-                    errno.EIO, str(error).strip().splitlines()[0]
-                ) from None
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with atomic_writer(path) as file:
+        recording = _RecordingFile(file)
+        try:
+            torch.save(content, cast("IO[bytes]", recording))
+        except RuntimeError as error:
+            raise recording.failure or OSError(
+                errno.EIO, str(error).strip().splitlines()[0]
+            ) from None
 
 
 def link_atomically(path: Path, target: Path) -> None:
@@ -184,8 +176,7 @@ def link_atomically(path: Path, target: Path) -> None:
 
     This is safe, since a checkpoint is only ever replaced, never changed in place.
     """
-    temporary = target.with_name(f"{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = temporary_path(target)
     try:
         os.link(path, temporary)
     except OSError:  # a file system without hard links
@@ -193,14 +184,3 @@ def link_atomically(path: Path, target: Path) -> None:
         return
     os.replace(temporary, target)
     sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` last through a power cut (where the system can)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

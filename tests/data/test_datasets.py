@@ -24,18 +24,26 @@ def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shapes_are_balanced_and_complete(few_shapes: None) -> None:
     splits = load(DataConfig(), 0)
     assert len(splits.train.classes) == 12 and splits.train.sides == (256,)
-    assert np.bincount(splits.train.labels).tolist() == [5] * 12 and np.bincount(splits.test.labels).tolist() == [2] * 12
+    assert (
+        np.bincount(splits.train.labels).tolist() == [5] * 12
+        and np.bincount(splits.test.labels).tolist() == [2] * 12
+    )
 
 
-def test_shapes_cached_at_a_smaller_side_are_the_large_ones_reduced(few_shapes: None, cache: Path) -> None:
+def test_shapes_cached_at_a_smaller_side_are_the_large_ones_reduced(
+    few_shapes: None, cache: Path
+) -> None:
     large, small = load(DataConfig(), 0), load(DataConfig(), 0, side=76)
     assert sorted(path.name for path in cache.iterdir()) == [
-        f"shapes-0-{synthetic.VERSION}-{side}px-store{store_format.VERSION}" for side in (256, 76)]
+        f"shapes-0-{synthetic.VERSION}-{side}px-store{store_format.VERSION}" for side in (256, 76)
+    ]
     assert torch.equal(large.train.gather(range(60), 76), small.train.gather(range(60)))
     assert torch.equal(large.train.statistics(76).mean_image, small.train.statistics(76).mean_image)
 
 
-def test_shapes_are_generated_once_for_each_seed(few_shapes: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shapes_are_generated_once_for_each_seed(
+    few_shapes: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, other = load(DataConfig(), 0, progress=True, side=32), load(DataConfig(), 1, side=32)
     assert capsys.readouterr().out.count("drawing 108 images") == 1
     assert not torch.equal(first.train.gather([0]), other.train.gather([0]))
@@ -43,9 +51,13 @@ def test_shapes_are_generated_once_for_each_seed(few_shapes: None, monkeypatch: 
     assert torch.equal(load(DataConfig(), 0, side=32).train.gather([0]), first.train.gather([0]))
 
 
-def test_no_two_images_of_the_shapes_are_alike_within_or_between_the_splits(few_shapes: None) -> None:
+def test_no_two_images_of_the_shapes_are_alike_within_or_between_the_splits(
+    few_shapes: None,
+) -> None:
     splits = load(DataConfig(), 0, side=32)
-    everything = torch.cat([store.gather(range(len(store))) for store in (splits.train, splits.val, splits.test)])
+    everything = torch.cat(
+        [store.gather(range(len(store))) for store in (splits.train, splits.val, splits.test)]
+    )
     flat = everything.flatten(1).float() - everything.flatten(1).float().mean(1, keepdim=True)
     closeness = torch.corrcoef(flat) - 2 * torch.eye(len(flat))
     assert closeness.max() < 0.98
@@ -53,8 +65,22 @@ def test_no_two_images_of_the_shapes_are_alike_within_or_between_the_splits(few_
 
 def test_mean_colors_do_not_tell_the_class_of_a_shape() -> None:
     count = {"train": 360, "test": 360}
-    features = {split: torch.tensor(np.stack([np.concatenate([(image := synthetic.draw(0, split, i)[:, ::4, ::4]).mean((1, 2)), image.std((1, 2))])
-                                              for i in range(n)])).float() for split, n in count.items()}
+    features = {
+        split: torch.tensor(
+            np.stack(
+                [
+                    np.concatenate(
+                        [
+                            (image := synthetic.draw(0, split, i)[:, ::4, ::4]).mean((1, 2)),
+                            image.std((1, 2)),
+                        ]
+                    )
+                    for i in range(n)
+                ]
+            )
+        ).float()
+        for split, n in count.items()
+    }
     mean, deviation = features["train"].mean(0), features["train"].std(0)
     inputs = {split: (values - mean) / deviation for split, values in features.items()}
     target = torch.arange(360) % 12
@@ -65,39 +91,58 @@ def test_mean_colors_do_not_tell_the_class_of_a_shape() -> None:
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(classifier(inputs["train"]), target) + 1e-3 * classifier.weight.square().sum()
+        loss = (
+            torch.nn.functional.cross_entropy(classifier(inputs["train"]), target)
+            + 1e-3 * classifier.weight.square().sum()
+        )
         loss.backward()
         return loss
 
     optimizer.step(closure)
     accuracy = (classifier(inputs["test"]).argmax(1) == target).float().mean()
-    assert accuracy < 0.25                              # chance is 0.083; area shows a little in the deviations
+    assert accuracy < 0.25  # chance is 0.083; area shows a little in the deviations
 
 
-def test_offline_cifar_10_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_cifar_10_is_one_line_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object, **options: object) -> None:
         print("torchvision is chatty")
         raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
-    with pytest.raises(ValueError, match=r"--data-dir .*cifar: .*https://.*cifar-10-python.tar.gz.*name resolution.*put cifar-10-python") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"--data-dir .*cifar: .*https://.*cifar-10-python.tar.gz.*name resolution.*put cifar-10-python",
+    ) as caught:
         load(DataConfig(data="cifar10", data_dir=str(tmp_path / "cifar")), 0)
     assert "\n" not in str(caught.value)
 
 
-def test_cifar_10_is_read_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_10_is_read_from_torchvisions_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pickle
+
     base = tmp_path / "cifar-10-batches-py"
     base.mkdir()
     rng = np.random.default_rng(0)
-    rows = {name: rng.integers(0, 256, (20, 3072), np.uint8) for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]}
+    rows = {
+        name: rng.integers(0, 256, (20, 3072), np.uint8)
+        for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
+    }
     for name, data in rows.items():
-        (base / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(20)]}))
+        (base / name).write_bytes(
+            pickle.dumps({"data": data, "labels": [i % 10 for i in range(20)]})
+        )
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{k}" for k in range(10)]}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     splits = load(DataConfig(data="cifar10", data_dir=str(tmp_path)), 0)
     assert [len(store) for store in (splits.train, splits.val, splits.test)] == [90, 10, 20]
-    assert torch.equal(splits.test.gather([7]).flatten(), torch.from_numpy(rows["test_batch"][7])) and splits.test.labels[7] == 7
+    assert (
+        torch.equal(splits.test.gather([7]).flatten(), torch.from_numpy(rows["test_batch"][7]))
+        and splits.test.labels[7] == 7
+    )
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -115,7 +160,9 @@ def make_fashion(root: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("where", ["", "FashionMNIST/raw"])
-def test_fashion_mnist_is_read_where_debian_or_torchvision_put_it(tmp_path: Path, where: str) -> None:
+def test_fashion_mnist_is_read_where_debian_or_torchvision_put_it(
+    tmp_path: Path, where: str
+) -> None:
     images = make_fashion(tmp_path / "set" / where)
     splits = load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set")), 0)
     assert torch.equal(splits.test.gather([3])[0], torch.from_numpy(images[3]).expand(3, -1, -1))
@@ -123,8 +170,11 @@ def test_fashion_mnist_is_read_where_debian_or_torchvision_put_it(tmp_path: Path
     assert splits.test.classes[9] == "ankle boot" and splits.test.labels[9] == 9
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: content[:10] + b"\xff" + content[11:]],
-                         ids=["cut short", "no such compression"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[:1000], lambda content: content[:10] + b"\xff" + content[11:]],
+    ids=["cut short", "no such compression"],
+)
 def test_a_damaged_fashion_mnist_file_is_named(tmp_path: Path, damage) -> None:
     make_fashion(tmp_path / "set")
     path = tmp_path / "set" / "t10k-images-idx3-ubyte.gz"
@@ -133,17 +183,25 @@ def test_a_damaged_fashion_mnist_file_is_named(tmp_path: Path, damage) -> None:
         load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set")), 0)
 
 
-def test_offline_fashion_mnist_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_fashion_mnist_is_one_line_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object, **options: object) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr(datasets, "DEBIAN_FASHION", tmp_path / "nowhere")
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
-    with pytest.raises(ValueError, match=r"--data-dir .*cannot be downloaded.*apt-get install dataset-fashion-mnist, or use --data shapes"):
+    with pytest.raises(
+        ValueError,
+        match=r"--data-dir .*cannot be downloaded.*apt-get install dataset-fashion-mnist, or use --data shapes",
+    ):
         load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set")), 0)
 
 
-@pytest.mark.skipif(not datasets.DEBIAN_FASHION.is_dir(), reason="apt-get install dataset-fashion-mnist puts the real files there")
+@pytest.mark.skipif(
+    not datasets.DEBIAN_FASHION.is_dir(),
+    reason="apt-get install dataset-fashion-mnist puts the real files there",
+)
 def test_the_real_fashion_mnist_is_found_without_a_download(tmp_path: Path) -> None:
     splits = load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path)), 0)
     assert [len(store) for store in (splits.train, splits.val, splits.test)] == [54000, 6000, 10000]
@@ -157,6 +215,7 @@ def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int]:
     pack = dataset_packer.pack_split
     dataset_packer.pack_split = lambda *args: (packed.append(1), pack(*args))[1]
     with process_group():
+
         def run_once_per_host(work) -> None:
             if rank == 0:
                 work()

@@ -28,16 +28,22 @@ def test_one_folder_beside_train_is_the_test_split_whatever_its_name(tmp_path: P
 
 def test_val_and_test_together_are_what_they_say(tmp_path: Path) -> None:
     splits = load_folder(make_folder(tmp_path / "set", ("train", "val", "test")))
-    assert [levels(store) for store in (splits.train, splits.val, splits.test)] == [list(range(k, k + 20)) for k in (0, 20, 40)]
+    assert [levels(store) for store in (splits.train, splits.val, splits.test)] == [
+        list(range(k, k + 20)) for k in (0, 20, 40)
+    ]
 
 
 def test_classes_are_the_folders_sorted_by_name(tmp_path: Path) -> None:
     splits = load_folder(make_folder(tmp_path / "set", classes=("zebra", "café", "ant")))
     assert splits.train.classes == ("ant", "café", "zebra")
-    assert levels(splits.test)[0] == 50 and splits.test.labels[0] == 0       # of ant, which was written last
+    assert (
+        levels(splits.test)[0] == 50 and splits.test.labels[0] == 0
+    )  # of ant, which was written last
 
 
-def test_hidden_files_and_those_of_a_mac_archive_are_no_images_and_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hidden_files_and_those_of_a_mac_archive_are_no_images_and_no_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_folder(tmp_path / "set")
     for name in (".ipynb_checkpoints/1.png", "__MACOSX/2.png", "cat/._3.png", "cat/.hidden/4.png"):
         write_image(root / "train" / name)
@@ -47,7 +53,9 @@ def test_hidden_files_and_those_of_a_mac_archive_are_no_images_and_no_classes(tm
     assert "ignored 4 hidden files or folders, 1 files whose names" in capsys.readouterr().out
 
 
-def test_extensions_are_known_in_either_case_and_content_decides_how_to_decode(tmp_path: Path) -> None:
+def test_extensions_are_known_in_either_case_and_content_decides_how_to_decode(
+    tmp_path: Path,
+) -> None:
     root = make_folder(tmp_path / "set")
     write_image(root / "train" / "cat" / "a.JPEG", format="PNG")
     for name in ("b.JPG", "c.jfif", "d.gif", "e.webp", "f.tiff", "g.bmp"):
@@ -56,8 +64,13 @@ def test_extensions_are_known_in_either_case_and_content_decides_how_to_decode(t
     assert len(splits.train) + len(splits.val) == 27
 
 
-@pytest.mark.parametrize("content, reason", [(b"", "an empty file"), (b"<!DOCTYPE html>", "not an image"), (None, "runcated")])
-def test_a_bad_file_is_named_with_the_reason(tmp_path: Path, content: bytes | None, reason: str) -> None:
+@pytest.mark.parametrize(
+    "content, reason",
+    [(b"", "an empty file"), (b"<!DOCTYPE html>", "not an image"), (None, "runcated")],
+)
+def test_a_bad_file_is_named_with_the_reason(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
     root = make_folder(tmp_path / "set")
     bad = root / "train" / "dog" / "bad.jpg"
     if content is None:
@@ -69,7 +82,9 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path: Path, content: bytes | No
     assert "\n" not in str(caught.value)
 
 
-def test_several_bad_files_are_told_at_once_and_nothing_unfinished_passes_for_a_cache(tmp_path: Path, cache: Path) -> None:
+def test_several_bad_files_are_told_at_once_and_nothing_unfinished_passes_for_a_cache(
+    tmp_path: Path, cache: Path
+) -> None:
     root = make_folder(tmp_path / "set")
     for i in range(5):
         (root / "train" / "dog" / f"bad{i}.jpg").write_bytes(b"")
@@ -101,15 +116,21 @@ def test_images_that_are_not_sorted_into_classes_are_recognized(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("data", ["folder", "store"])
-def test_a_missing_folder_is_told_with_flag_path_and_what_was_expected(tmp_path: Path, data: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"--data-dir .*nowhere: no such folder; expected one with"):
+def test_a_missing_folder_is_told_with_flag_path_and_what_was_expected(
+    tmp_path: Path, data: str
+) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"--data-dir .*nowhere: no such folder; expected one with"
+    ):
         load(DataConfig(data=data, data_dir=str(tmp_path / "nowhere")), 0)
     make_folder(tmp_path / "set", ("train",))
     with pytest.raises(FileNotFoundError, match=r"--data-dir .*set: no folder val or test in it"):
         load(DataConfig(data=data, data_dir=str(tmp_path / "set")), 0)
 
 
-def test_a_folder_is_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_packed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_folder(tmp_path / "set")
     first = load_folder(root)
     assert "packing 40 images of" in capsys.readouterr().out
@@ -118,20 +139,27 @@ def test_a_folder_is_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "packing" not in capsys.readouterr().out
 
 
-def test_a_changed_folder_is_packed_again_and_the_old_pack_is_named(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_folder_is_packed_again_and_the_old_pack_is_named(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_folder(tmp_path / "set")
     load_folder(root)
     old = next(cache.iterdir())
     write_image(root / "test" / "dog" / "0.png", color=(255, 255, 255))
     capsys.readouterr()
     assert 255 in levels(load_folder(root).test)
-    assert f"has changed since it was packed into {old}, which can be deleted" in capsys.readouterr().out
+    assert (
+        f"has changed since it was packed into {old}, which can be deleted"
+        in capsys.readouterr().out
+    )
 
 
-def test_what_was_packed_before_a_damaged_file_stopped_it_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_packed_before_a_damaged_file_stopped_it_is_not_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_format, "SHARD", 4)
     root = make_folder(tmp_path / "set")
-    damaged = root / "train" / "dog" / "9.png"                   # the last file of train
+    damaged = root / "train" / "dog" / "9.png"  # the last file of train
     content = damaged.read_bytes()
     damaged.write_bytes(content[:20])
     with pytest.raises(ValueError, match=r"9\.png: .*; replace or delete what is damaged"):
@@ -139,12 +167,16 @@ def test_what_was_packed_before_a_damaged_file_stopped_it_is_not_decoded_again(t
     damaged.write_bytes(content)
     decoded: list[Path] = []
     read = shard_writer.try_read
-    monkeypatch.setattr(shard_writer, "try_read", lambda file: (decoded.append(file), read(file))[1])
+    monkeypatch.setattr(
+        shard_writer, "try_read", lambda file: (decoded.append(file), read(file))[1]
+    )
     load_folder(root)
-    assert len(decoded) == 4 + 20                                # the shard that it was in, and test
+    assert len(decoded) == 4 + 20  # the shard that it was in, and test
 
 
-def test_a_cache_that_cannot_be_written_gives_way_to_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_gives_way_to_the_data_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     root = make_folder(tmp_path / "set")
@@ -170,11 +202,18 @@ def test_gray_images_have_three_equal_channels(tmp_path: Path) -> None:
 
 
 def test_a_cmyk_jpeg_is_converted_to_rgb(tmp_path: Path) -> None:
-    assert pixel(write_image(tmp_path / "a.jpg", mode="CMYK", color=(0, 255, 255, 0), quality=100)) == pytest.approx([255, 0, 0], abs=3)
+    assert pixel(
+        write_image(tmp_path / "a.jpg", mode="CMYK", color=(0, 255, 255, 0), quality=100)
+    ) == pytest.approx([255, 0, 0], abs=3)
 
 
-@pytest.mark.parametrize("mode, color, gray", [("RGBA", (255, 0, 0, 0), 255), ("RGBA", (0, 0, 0, 128), 127), ("LA", (0, 0), 255)])
-def test_transparency_lies_on_white(tmp_path: Path, mode: str, color: tuple[int, ...], gray: int) -> None:
+@pytest.mark.parametrize(
+    "mode, color, gray",
+    [("RGBA", (255, 0, 0, 0), 255), ("RGBA", (0, 0, 0, 128), 127), ("LA", (0, 0), 255)],
+)
+def test_transparency_lies_on_white(
+    tmp_path: Path, mode: str, color: tuple[int, ...], gray: int
+) -> None:
     assert pixel(write_image(tmp_path / "a.png", mode=mode, color=color)) == [gray] * 3
 
 
@@ -188,18 +227,27 @@ def test_a_palette_gives_its_colors_and_its_transparency(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("value, expected", [(0, 0), (1000, 4), (32896, 128), (65535, 255)])
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_sixteen_bits_become_eight_instead_of_white(tmp_path: Path, name: str, value: int, expected: int) -> None:
+def test_sixteen_bits_become_eight_instead_of_white(
+    tmp_path: Path, name: str, value: int, expected: int
+) -> None:
     Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / name)
     assert pixel(tmp_path / name) == [expected] * 3
 
 
 def test_exif_orientation_is_obeyed(tmp_path: Path) -> None:
     upright = np.zeros((32, 32, 3), np.uint8)
-    upright[:16] = 255                                    # white above
+    upright[:16] = 255  # white above
     exif = Image.Exif()
-    for orientation, stored in ((1, upright), (3, upright[::-1, ::-1]), (6, np.rot90(upright)), (8, np.rot90(upright, -1))):
+    for orientation, stored in (
+        (1, upright),
+        (3, upright[::-1, ::-1]),
+        (6, np.rot90(upright)),
+        (8, np.rot90(upright, -1)),
+    ):
         exif[0x0112] = orientation
-        Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+        Image.fromarray(np.ascontiguousarray(stored)).save(
+            tmp_path / "a.jpg", exif=exif, quality=95
+        )
         image = decode.read_image(tmp_path / "a.jpg").astype(int)
         assert image[:, :14].min() > 230 and image[:, 18:].max() < 25, orientation
 
@@ -208,13 +256,27 @@ def test_odd_metadata_neither_warns_nor_fails(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "set")
     path = write_image(root / "train" / "cat" / "odd.jpg")
     content = path.read_bytes()
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0"       # announces five entries and ends in the first
-    path.write_bytes(content[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + content[2:])
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0"  # announces five entries and ends in the first
+    path.write_bytes(
+        content[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + content[2:]
+    )
     assert len(load_folder(root).train) == 19
 
 
-@pytest.mark.parametrize("size, side", [((300, 500), 256), ((2000, 1200), 256), ((256, 300), 256), ((40, 30), 30), ((255, 999), 255), ((1, 1), 1)])
-def test_the_shorter_side_becomes_256_but_is_never_enlarged(tmp_path: Path, size: tuple[int, int], side: int) -> None:
+@pytest.mark.parametrize(
+    "size, side",
+    [
+        ((300, 500), 256),
+        ((2000, 1200), 256),
+        ((256, 300), 256),
+        ((40, 30), 30),
+        ((255, 999), 255),
+        ((1, 1), 1),
+    ],
+)
+def test_the_shorter_side_becomes_256_but_is_never_enlarged(
+    tmp_path: Path, size: tuple[int, int], side: int
+) -> None:
     assert decode.read_image(write_image(tmp_path / "a.jpg", size)).shape == (3, side, side)
 
 
@@ -230,13 +292,19 @@ def test_a_large_jpeg_is_reduced_to_what_a_full_decoding_gives(tmp_path: Path) -
     picture = np.stack([np.sin(x) * np.cos(y), np.sin(x / 2 + y), np.cos(x * y / 9)], 2) * 100 + 128
     Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
     with Image.open(tmp_path / "a.jpg") as image:
-        full = np.asarray(image.resize((256, 256), Image.Resampling.BILINEAR, box=(300, 0, 1800, 1500)), np.float64)
+        full = np.asarray(
+            image.resize((256, 256), Image.Resampling.BILINEAR, box=(300, 0, 1800, 1500)),
+            np.float64,
+        )
     assert np.abs(decode.read_image(tmp_path / "a.jpg").transpose(1, 2, 0) - full).mean() < 2
 
 
 @pytest.mark.skipif(not CIFAR_JPEG.is_file(), reason=f"{CIFAR_JPEG} is not there")
 def test_real_jpegs_are_packed_as_pillow_reads_them(tmp_path: Path) -> None:
-    root, wanted = tmp_path / "set", {(split, name): 20 for split in ("train", "test") for name in ("cat", "ship")}
+    root, wanted = (
+        tmp_path / "set",
+        {(split, name): 20 for split in ("train", "test") for name in ("cat", "ship")},
+    )
     with tarfile.open(CIFAR_JPEG) as archive:
         for member in archive:
             *_, split, name, file = ("", "", *Path(member.name).parts)

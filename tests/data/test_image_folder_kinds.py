@@ -17,7 +17,9 @@ def test_images_in_folders_of_a_class_belong_to_the_class(tmp_path: Path) -> Non
     assert dataset_packer.list_source(root)["train"].labels.count(1) == 11
 
 
-def test_pipes_devices_and_links_to_nowhere_or_in_a_circle_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipes_devices_and_links_to_nowhere_or_in_a_circle_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_folder(tmp_path / "set")
     os.mkfifo(root / "train" / "cat" / "pipe.jpg")
     (root / "train" / "cat" / "null.jpg").symlink_to("/dev/zero")
@@ -36,21 +38,39 @@ def test_links_to_images_and_folders_are_followed(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (root / split / "eel").symlink_to(tmp_path / "elsewhere")
     listing = dataset_packer.list_source(root)["train"]
-    assert listing.classes == ("cat", "dog", "eel") and [listing.labels.count(k) for k in range(3)] == [10, 11, 1]
+    assert listing.classes == ("cat", "dog", "eel") and [
+        listing.labels.count(k) for k in range(3)
+    ] == [10, 11, 1]
 
 
-def test_names_that_are_no_images_are_counted_by_extension(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_no_images_are_counted_by_extension(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_folder(tmp_path / "set")
     for name in ("a.txt", "b.txt", "Thumbs.db", "desktop.ini", "README"):
         (root / "train" / "cat" / name).write_text("x")
     (root / "train" / "labels.csv").write_text("x")
     load_folder(root)
-    assert "6 files whose names are not an image's (.txt 2, .csv 1, no extension 1, .db 1, .ini 1)" in capsys.readouterr().out
+    assert (
+        "6 files whose names are not an image's (.txt 2, .csv 1, no extension 1, .db 1, .ini 1)"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("names, words", [(("1", "2", "10"), "the classes are numbers, sorted as text (1, 10, 2 ...)"), (("01", "02", "10"), ""),
-                                          (("Cat", "cat", "dog"), "differ only in upper and lower case are different classes: Cat, cat")])
-def test_names_of_classes_that_may_surprise_are_told(tmp_path: Path, names: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (("1", "2", "10"), "the classes are numbers, sorted as text (1, 10, 2 ...)"),
+        (("01", "02", "10"), ""),
+        (
+            ("Cat", "cat", "dog"),
+            "differ only in upper and lower case are different classes: Cat, cat",
+        ),
+    ],
+)
+def test_names_of_classes_that_may_surprise_are_told(
+    tmp_path: Path, names: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     load_folder(make_folder(tmp_path / "set", classes=names))
     out = capsys.readouterr().out
     assert words in out and ("note:" in out) == bool(words) and out.count("note:") <= 1
@@ -67,7 +87,9 @@ def test_a_name_that_is_not_utf8_is_shown_escaped_and_packed(tmp_path: Path) -> 
     "".join(store.classes).encode()
 
 
-def test_skipping_trains_without_the_bad_files_and_lists_them_at_every_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipping_trains_without_the_bad_files_and_lists_them_at_every_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_folder(tmp_path / "set")
     (root / "train" / "dog" / "3.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"dog/3\.png: an empty file.*--on-error skip"):
@@ -75,9 +97,12 @@ def test_skipping_trains_without_the_bad_files_and_lists_them_at_every_start(tmp
     for _ in range(2):
         splits = load_folder(root, on_error="skip")
         assert len(splits.train) + len(splits.val) == 19
-        assert "train: left out 1 files that cannot be read: dog/3.png: an empty file" in capsys.readouterr().out
+        assert (
+            "train: left out 1 files that cannot be read: dog/3.png: an empty file"
+            in capsys.readouterr().out
+        )
     with pytest.raises(ValueError, match=r"dog/3\.png"):
-        load_folder(root)                   # what was packed by skipping is not what stopping would train on
+        load_folder(root)  # what was packed by skipping is not what stopping would train on
 
 
 def test_folders_too_deep_within_each_other_are_refused(tmp_path: Path) -> None:

@@ -18,43 +18,74 @@ from alexnet_mp.data.loader import PREFETCH
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-def loader(store: Store | None = None, batch_size: int = 16, train: bool = True, size: int = 9, data_rank: int = 0, data_ranks: int = 1) -> Loader:
+def loader(
+    store: Store | None = None,
+    batch_size: int = 16,
+    train: bool = True,
+    size: int = 9,
+    data_rank: int = 0,
+    data_ranks: int = 1,
+) -> Loader:
     store = store or random_store(50)
     config = DataConfig(stored_side=12, crop_of=size, color_noise=0.1)
-    return Loader(store, Augment(config, size, store.statistics(12)), batch_size, 7, train, data_rank, data_ranks)
+    return Loader(
+        store,
+        Augment(config, size, store.statistics(12)),
+        batch_size,
+        7,
+        train,
+        data_rank,
+        data_ranks,
+    )
 
 
 def test_every_image_comes_once_an_epoch_and_the_short_last_batch_too() -> None:
     store = random_store(50, classes=50)
     batches = list(loader(store))
     assert len(batches) == len(loader(store)) == 4 and loader(store).images == 50
-    assert [(len(batch.labels), batch.rows, batch.first_row) for batch in batches] == [(16, 16, 0)] * 3 + [(2, 2, 0)]
+    assert [(len(batch.labels), batch.rows, batch.first_row) for batch in batches] == [
+        (16, 16, 0)
+    ] * 3 + [(2, 2, 0)]
     assert sorted(torch.cat([batch.labels for batch in batches]).tolist()) == list(range(50))
 
 
 def test_a_batch_reads_as_images_and_labels() -> None:
     for images, labels, *_ in loader():
-        assert images.shape == (len(labels), 3, 9, 9) and images.dtype == torch.float32 and labels.dtype == torch.int64
+        assert (
+            images.shape == (len(labels), 3, 9, 9)
+            and images.dtype == torch.float32
+            and labels.dtype == torch.int64
+        )
     batch = next(iter(loader()))
     assert batch[0] is batch.images and batch[1] is batch.labels
 
 
 def test_labels_stay_with_their_images() -> None:
     level = np.arange(50, dtype=np.uint8)
-    store = Store([np.broadcast_to(level[:, None, None, None], (50, 3, 12, 12)).copy()], level, [str(k) for k in range(50)])
-    whole = Loader(store, Augment(DataConfig(stored_side=12, crop_of=9, mean="none"), 9), 16, 0, train=True)
+    store = Store(
+        [np.broadcast_to(level[:, None, None, None], (50, 3, 12, 12)).copy()],
+        level,
+        [str(k) for k in range(50)],
+    )
+    whole = Loader(
+        store, Augment(DataConfig(stored_side=12, crop_of=9, mean="none"), 9), 16, 0, train=True
+    )
     for images, labels, *_ in whole:
         assert torch.equal(images[:, 1, 4, 4].long(), labels)
 
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("ranks", [2, 3, 8])
-def test_the_ranks_batches_joined_are_the_batch_of_one_rank_bit_for_bit(ranks: int, train: bool) -> None:
+def test_the_ranks_batches_joined_are_the_batch_of_one_rank_bit_for_bit(
+    ranks: int, train: bool
+) -> None:
     parts = [list(loader(train=train, data_rank=rank, data_ranks=ranks)) for rank in range(ranks)]
     for whole, *shares in zip(loader(train=train), *parts, strict=True):
         assert torch.equal(torch.cat([share.images for share in shares]), whole.images)
         assert torch.equal(torch.cat([share.labels for share in shares]), whole.labels)
-        assert [share.first_row for share in shares] == np.cumsum([0] + [len(share.labels) for share in shares])[:-1].tolist()
+        assert [share.first_row for share in shares] == np.cumsum(
+            [0] + [len(share.labels) for share in shares]
+        )[:-1].tolist()
         assert {share.rows for share in shares} == {whole.rows}
 
 
@@ -68,11 +99,15 @@ def test_a_resumed_epoch_goes_on_with_the_very_batches_that_were_left() -> None:
     whole.set_epoch(3)
     resumed.set_epoch(3, skip=2)
     for expected, batch in zip(list(whole)[2:], resumed, strict=True):
-        assert torch.equal(batch.images, expected.images) and torch.equal(batch.labels, expected.labels)
+        assert torch.equal(batch.images, expected.images) and torch.equal(
+            batch.labels, expected.labels
+        )
     assert len(resumed) == 4
 
 
-def test_iterating_twice_gives_the_epoch_twice_and_another_epoch_another_order_and_other_crops() -> None:
+def test_iterating_twice_gives_the_epoch_twice_and_another_epoch_another_order_and_other_crops() -> (
+    None
+):
     one = loader(random_store(50, classes=50))
     first, again = list(one), list(one)
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
@@ -98,7 +133,9 @@ def test_a_slow_consumer_gets_what_a_fast_one_gets() -> None:
 def test_loading_leaves_the_global_random_states_alone() -> None:
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(loader())
-    assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numpy_before)
+    assert torch.equal(torch.get_rng_state(), before) and np.array_equal(
+        np.random.get_state()[1], numpy_before
+    )
 
 
 def loader_threads() -> int:
@@ -112,7 +149,9 @@ def test_an_abandoned_iteration_ends_its_thread() -> None:
     assert loader_threads() == 0
 
 
-def test_a_failure_in_the_thread_is_raised_where_the_batches_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_thread_is_raised_where_the_batches_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(*args: object) -> None:
         raise OSError("the disk is gone")
 
@@ -124,27 +163,44 @@ def test_a_failure_in_the_thread_is_raised_where_the_batches_are_used(monkeypatc
 
 
 def test_an_interpreter_that_ends_within_an_epoch_ends_at_once() -> None:
-    program = ("import numpy as np; from alexnet_mp.data import *; from alexnet_mp.config import DataConfig\n"
-               "store = Store([np.zeros((5000, 3, 76, 76), np.uint8)], np.zeros(5000), ['a'])\n"
-               "batches = iter(Loader(store, Augment(DataConfig(mean='none'), 67), 64, train=True)); next(batches); print('one')")
+    program = (
+        "import numpy as np; from alexnet_mp.data import *; from alexnet_mp.config import DataConfig\n"
+        "store = Store([np.zeros((5000, 3, 76, 76), np.uint8)], np.zeros(5000), ['a'])\n"
+        "batches = iter(Loader(store, Augment(DataConfig(mean='none'), 67), 64, train=True)); next(batches); print('one')"
+    )
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert (done.stdout, done.stderr) == ("one\n", "")
 
 
 def test_images_of_several_sides_are_loaded_at_one() -> None:
     store = mixed_store()
-    batches = list(Loader(store, Augment(DataConfig(stored_side=16, crop_of=14, mean="none"), 14), 4, train=True))
+    batches = list(
+        Loader(
+            store, Augment(DataConfig(stored_side=16, crop_of=14, mean="none"), 14), 4, train=True
+        )
+    )
     assert {batch.images.shape[1:] for batch in batches} == {(3, 14, 14)}
 
 
 def splits_of(classes: int = 4, side: int = 76) -> Splits:
-    return Splits(*(random_store(count, side, classes, seed) for seed, count in enumerate((60, 20, 20))))
+    return Splits(
+        *(random_store(count, side, classes, seed) for seed, count in enumerate((60, 20, 20)))
+    )
 
 
 def test_loaders_are_built_from_a_configuration() -> None:
     config = Config().with_fields(image_size=67, batch_size=16, seed=3)
-    train, val, test, augment = build_loaders(config, splits_of(), data_rank=0, data_ranks=1, device=torch.device("cpu"))
+    train, val, test, augment = build_loaders(
+        config, splits_of(), data_rank=0, data_ranks=1, device=torch.device("cpu")
+    )
     assert [loader.images for loader in (train, val, test)] == [60, 20, 20]
     assert next(iter(train)).images.shape == (16, 3, 67, 67) and train.augment is augment
     assert train.training and not val.training and not test.training
@@ -161,7 +217,9 @@ def test_more_classes_than_the_network_has_are_refused() -> None:
         build_loaders(Config().with_fields(image_size=67, classes=10), splits_of(11))
 
 
-def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is_at_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = Config().with_fields(image_size=67, batch_size=16)
     once = build_loaders(config, splits_of(side=28))[0]
     monkeypatch.setattr("alexnet_mp.data.store.FITS", 0)
@@ -173,34 +231,53 @@ def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is
 @pytest.mark.parametrize("mean", ["image-center", "image-aligned", "half", "none"])
 @pytest.mark.parametrize("divides", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_what_the_thread_prepares_is_what_the_augmentation_makes_of_the_gathered_images(mean: str, divides: bool, train: bool) -> None:
+def test_what_the_thread_prepares_is_what_the_augmentation_makes_of_the_gathered_images(
+    mean: str, divides: bool, train: bool
+) -> None:
     store = random_store(50)
-    augment = Augment(DataConfig(stored_side=12, crop_of=9, color_noise=0.1, color_divides=divides, mean=mean), 9, store.statistics(12))
+    augment = Augment(
+        DataConfig(stored_side=12, crop_of=9, color_noise=0.1, color_divides=divides, mean=mean),
+        9,
+        store.statistics(12),
+    )
     one = Loader(store, augment, 16, 7, train)
     for number, batch in enumerate(one):
-        images = store.gather(one.order(0)[number * 16:(number + 1) * 16])
+        images = store.gather(one.order(0)[number * 16 : (number + 1) * 16])
         draw = augment.draw(7, 0, number, len(images))
-        expected = augment._scaled(augment._centered(images, draw.top, draw.left, draw.flip)) if train else augment.test(images)
-        if train:       # as it was computed before there was one pass: the same operations in the same order
-            expected = augment._centered(images, draw.top, draw.left, draw.flip) + draw.color[:, :, None, None]
+        expected = (
+            augment._scaled(augment._centered(images, draw.top, draw.left, draw.flip))
+            if train
+            else augment.test(images)
+        )
+        if (
+            train
+        ):  # as it was computed before there was one pass: the same operations in the same order
+            expected = (
+                augment._centered(images, draw.top, draw.left, draw.flip)
+                + draw.color[:, :, None, None]
+            )
             expected = augment._scaled(expected / 1.1 if divides else expected)
         assert torch.equal(batch.images, expected)
 
 
 @pytest.mark.parametrize("store", [random_store(50), mixed_store()], ids=["one side", "two sides"])
 def test_the_number_of_threads_changes_no_bit(store: Store) -> None:
-    augment = Augment(DataConfig(stored_side=20 if len(store) == 10 else 12, crop_of=9, mean="none"), 9)
+    augment = Augment(
+        DataConfig(stored_side=20 if len(store) == 10 else 12, crop_of=9, mean="none"), 9
+    )
     one, three = (list(Loader(store, augment, 16, 7, True, workers=workers)) for workers in (1, 3))
     assert all(torch.equal(a.images, b.images) for a, b in zip(one, three, strict=True))
 
 
-def test_batches_that_are_kept_keep_their_values_while_others_take_turns_in_the_same_memory() -> None:
+def test_batches_that_are_kept_keep_their_values_while_others_take_turns_in_the_same_memory() -> (
+    None
+):
     expected = [batch.images.clone() for batch in loader(batch_size=2)]
     kept, places = [], set()
     for number, batch in enumerate(loader(batch_size=2)):
         places.add(batch.images.data_ptr())
         if number % 3 == 0:
-            kept.append((number, batch.images[1:]))         # a view holds its batch's memory too
+            kept.append((number, batch.images[1:]))  # a view holds its batch's memory too
     assert all(torch.equal(images, expected[number][1:]) for number, images in kept)
     assert len(places) < len(kept) + PREFETCH + 4
 
@@ -208,9 +285,16 @@ def test_batches_that_are_kept_keep_their_values_while_others_take_turns_in_the_
 def test_a_jpeg_store_gives_the_batches_of_its_decoded_images(tmp_path: Path) -> None:
     from alexnet_mp.data import dataset_packer
     from alexnet_mp.data.shard_writer import Packing
-    dataset_packer.pack(dataset_packer.list_source(make_folder(tmp_path / "set")), tmp_path / "store", Packing("jpeg"))
+
+    dataset_packer.pack(
+        dataset_packer.list_source(make_folder(tmp_path / "set")),
+        tmp_path / "store",
+        Packing("jpeg"),
+    )
     store = Store.open(tmp_path / "store" / "train")
-    decoded = Store([np.stack([store.image(i) for i in range(len(store))])], store.labels, store.classes)
+    decoded = Store(
+        [np.stack([store.image(i) for i in range(len(store))])], store.labels, store.classes
+    )
     augment = Augment(DataConfig(stored_side=20, crop_of=16, mean="none"), 16)
     ours, expected = (Loader(kind, augment, 8, 0, True, workers=2) for kind in (store, decoded))
     assert all(torch.equal(a.images, b.images) for a, b in zip(ours, expected, strict=True))

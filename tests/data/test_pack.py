@@ -40,12 +40,20 @@ def noisy_folder(root: Path, count: int = 60) -> Path:
     return root
 
 
-def pack(source: Path, store: Path, *, encode: str = "raw", on_error: str = "stop", **options: object) -> dict:
-    return dataset_packer.pack(dataset_packer.list_source(source), store, Packing(encode, on_error, 2), **options)
+def pack(
+    source: Path, store: Path, *, encode: str = "raw", on_error: str = "stop", **options: object
+) -> dict:
+    return dataset_packer.pack(
+        dataset_packer.list_source(source), store, Packing(encode, on_error, 2), **options
+    )
 
 
 def contents(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -55,15 +63,24 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("encode", ["raw", "jpeg"])
-def test_a_packed_folder_trains_as_a_store_with_the_pixels_labels_and_paths_of_its_files(tmp_path: Path, encode: str, small_shards: None) -> None:
+def test_a_packed_folder_trains_as_a_store_with_the_pixels_labels_and_paths_of_its_files(
+    tmp_path: Path, encode: str, small_shards: None
+) -> None:
     source = noisy_folder(tmp_path / "set")
     pack(source, tmp_path / "store", encode=encode)
     train = Store.open(tmp_path / "store" / "train", verify=True)
     assert len(train) == 60 and train.classes == ("a", "b") and train.sides == (30, 31, 32)
     for number, path in enumerate(train.paths):
-        pixels, expected = train.image(number).astype(int), decode.read_image(source / "train" / path)
+        pixels, expected = (
+            train.image(number).astype(int),
+            decode.read_image(source / "train" / path),
+        )
         assert train.classes[train.labels[number]] == Path(path).parent.name
-        assert np.array_equal(pixels, expected) if encode == "raw" else np.abs(pixels - expected).mean() < 60
+        assert (
+            np.array_equal(pixels, expected)
+            if encode == "raw"
+            else np.abs(pixels - expected).mean() < 60
+        )
     splits = load(DataConfig(data="store", data_dir=str(tmp_path / "store")), 0, side=76)
     assert [len(store) for store in (splits.train, splits.val, splits.test)] == [54, 6, 60]
 
@@ -74,14 +91,18 @@ def test_a_jpeg_store_is_smaller_and_nearly_the_same(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / "set" / split / "a").mkdir(parents=True)
         Image.fromarray(picture).save(tmp_path / "set" / split / "a" / "1.png")
-    raw, jpeg = (pack(tmp_path / "set", tmp_path / encode, encode=encode)["splits"]["train"]["bytes"] for encode in ("raw", "jpeg"))
+    raw, jpeg = (
+        pack(tmp_path / "set", tmp_path / encode, encode=encode)["splits"]["train"]["bytes"]
+        for encode in ("raw", "jpeg")
+    )
     assert raw == 3 * 256 * 256 and jpeg < raw / 4
     stored = Store.open(tmp_path / "jpeg" / "train").gather([0])[0].numpy().transpose(1, 2, 0)
     assert np.abs(stored.astype(int) - picture).mean() < 3
 
 
-def test_statistics_come_with_the_store_and_are_those_that_would_be_measured(tmp_path: Path, small_shards: None,
-                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_come_with_the_store_and_are_those_that_would_be_measured(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pack(noisy_folder(tmp_path / "set"), tmp_path / "store")
     store = Store.open(tmp_path / "store" / "train")
     in_memory = Store(store.shelves, store.labels, store.classes, store.places)
@@ -89,19 +110,31 @@ def test_statistics_come_with_the_store_and_are_those_that_would_be_measured(tmp
     wanted = [in_memory.statistics(32), in_memory.subset(np.flatnonzero(most)).statistics(32)]
     measured = []
     sum_ = Store._sum
-    monkeypatch.setattr(Store, "_sum", lambda self, side: (measured.append(len(self)), sum_(self, side))[1])
-    for expected, found in zip(wanted, (store.statistics(32), store.subset(np.flatnonzero(most)).statistics(32)), strict=True):
-        assert torch.equal(found.mean_image, expected.mean_image) and torch.equal(found.covariance, expected.covariance)
-    assert measured == [0, 6]           # of the images that were left out only
+    monkeypatch.setattr(
+        Store, "_sum", lambda self, side: (measured.append(len(self)), sum_(self, side))[1]
+    )
+    for expected, found in zip(
+        wanted,
+        (store.statistics(32), store.subset(np.flatnonzero(most)).statistics(32)),
+        strict=True,
+    ):
+        assert torch.equal(found.mean_image, expected.mean_image) and torch.equal(
+            found.covariance, expected.covariance
+        )
+    assert measured == [0, 6]  # of the images that were left out only
     header = store_format.read_header(tmp_path / "store" / "train")
     np.testing.assert_allclose(header["covariance"], wanted[0].covariance, rtol=1e-12)
 
 
 @pytest.mark.parametrize("encode", ["raw", "jpeg"])
-def test_the_number_of_threads_changes_no_byte(tmp_path: Path, encode: str, small_shards: None) -> None:
+def test_the_number_of_threads_changes_no_byte(
+    tmp_path: Path, encode: str, small_shards: None
+) -> None:
     listings = dataset_packer.list_source(noisy_folder(tmp_path / "set"))
     for workers in (1, 5):
-        dataset_packer.pack(listings, tmp_path / f"store{workers}", Packing(encode, "stop", workers))
+        dataset_packer.pack(
+            listings, tmp_path / f"store{workers}", Packing(encode, "stop", workers)
+        )
     assert contents(tmp_path / "store1") == contents(tmp_path / "store5")
 
 
@@ -110,14 +143,18 @@ def packing_process(source: Path, store: Path) -> Iterator[multiprocessing.Proce
     """Has begun to pack when the block starts, and has ended when it is left."""
     ranks.start_server()
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("forkserver").Process(target=pack_slowly, args=(str(source), str(store), there))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=pack_slowly, args=(str(source), str(store), there)
+    )
     process.start()
     assert here.recv()
     yield process
     process.join(60)
 
 
-def test_kills_at_random_moments_and_a_resume_leave_the_bytes_of_an_uninterrupted_store(tmp_path: Path) -> None:
+def test_kills_at_random_moments_and_a_resume_leave_the_bytes_of_an_uninterrupted_store(
+    tmp_path: Path,
+) -> None:
     source = noisy_folder(tmp_path / "set", 120)
     with packing_process(source, tmp_path / "whole") as process:
         began = time.perf_counter()
@@ -139,7 +176,9 @@ def test_kills_at_random_moments_and_a_resume_leave_the_bytes_of_an_uninterrupte
     assert interrupted > KILLS / 3
 
 
-def stopped(monkeypatch: pytest.MonkeyPatch, source: Path, store: Path, after: int = 70, **options: object) -> None:
+def stopped(
+    monkeypatch: pytest.MonkeyPatch, source: Path, store: Path, after: int = 70, **options: object
+) -> None:
     """Packs until file number `after` and leaves what a kill would."""
     read, count = shard_writer.try_read, []
 
@@ -155,22 +194,32 @@ def stopped(monkeypatch: pytest.MonkeyPatch, source: Path, store: Path, after: i
             pack(source, store, **options)
 
 
-def test_finished_shards_are_not_decoded_again_unless_they_are_damaged(tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_are_not_decoded_again_unless_they_are_damaged(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = noisy_folder(tmp_path / "set")
     pack(source, tmp_path / "whole")
     stopped(monkeypatch, source, tmp_path / "store", after=110)
-    assert (tmp_path / "store" / "train" / "header.json").exists()          # one split finished, the other begun
+    assert (
+        tmp_path / "store" / "train" / "header.json"
+    ).exists()  # one split finished, the other begun
     shards = sorted((tmp_path / "store" / "test").glob("images-*.npy"))
     assert shards and not (tmp_path / "store" / "test" / "header.json").exists()
     decoded: list[Path] = []
     read = shard_writer.try_read
-    monkeypatch.setattr(shard_writer, "try_read", lambda file: (decoded.append(file), read(file))[1])
+    monkeypatch.setattr(
+        shard_writer, "try_read", lambda file: (decoded.append(file), read(file))[1]
+    )
     pack(source, tmp_path / "store")
-    assert len(decoded) == 60 - 16 * len(shards) and contents(tmp_path / "store") == contents(tmp_path / "whole")
+    assert len(decoded) == 60 - 16 * len(shards) and contents(tmp_path / "store") == contents(
+        tmp_path / "whole"
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_shard_that_was_damaged_is_made_again(tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, split: str) -> None:
+def test_a_shard_that_was_damaged_is_made_again(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
     source = noisy_folder(tmp_path / "set")
     pack(source, tmp_path / "whole")
     stopped(monkeypatch, source, tmp_path / "store", after=100)
@@ -182,7 +231,9 @@ def test_a_shard_that_was_damaged_is_made_again(tmp_path: Path, small_shards: No
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
-def test_a_file_that_changed_meanwhile_is_packed_as_it_is_now(tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changed_meanwhile_is_packed_as_it_is_now(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = noisy_folder(tmp_path / "set")
     stopped(monkeypatch, source, tmp_path / "store", after=100)
     for split in ("train", "test"):
@@ -190,11 +241,15 @@ def test_a_file_that_changed_meanwhile_is_packed_as_it_is_now(tmp_path: Path, sm
     pack(source, tmp_path / "store")
     for split in ("train", "test"):
         store = Store.open(tmp_path / "store" / split, verify=True)
-        assert np.array_equal(store.image(store.paths.index("a/000.png")), decode.read_image(source / split / "a" / "000.png"))
+        assert np.array_equal(
+            store.image(store.paths.index("a/000.png")),
+            decode.read_image(source / split / "a" / "000.png"),
+        )
 
 
-def test_a_store_is_not_finished_with_other_options_nor_from_another_folder(tmp_path: Path, small_shards: None,
-                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_is_not_finished_with_other_options_nor_from_another_folder(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = noisy_folder(tmp_path / "set")
     stopped(monkeypatch, source, tmp_path / "store")
     with pytest.raises(ValueError, match="was begun with encode raw, not jpeg"):
@@ -203,7 +258,9 @@ def test_a_store_is_not_finished_with_other_options_nor_from_another_folder(tmp_
         pack(noisy_folder(tmp_path / "other"), tmp_path / "store")
 
 
-def test_a_finished_store_is_verified_and_left_alone_and_never_overwritten_by_other_images(tmp_path: Path) -> None:
+def test_a_finished_store_is_verified_and_left_alone_and_never_overwritten_by_other_images(
+    tmp_path: Path,
+) -> None:
     source = make_folder(tmp_path / "set")
     pack(source, tmp_path / "store")
     before = contents(tmp_path / "store")
@@ -223,17 +280,23 @@ def test_a_folder_with_something_else_in_it_is_not_packed_into(tmp_path: Path) -
         pack(source, tmp_path / "home")
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = make_folder(tmp_path / "set")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    with pytest.raises(ValueError, match=r"needs 0\.01 GB, 0\.00 are free there; name a folder on a larger disk, or take --encode jpeg"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs 0\.01 GB, 0\.00 are free there; name a folder on a larger disk, or take --encode jpeg",
+    ):
         pack(source, tmp_path / "store")
     assert "packing 40 images into" in capsys.readouterr().out and not (tmp_path / "store").exists()
 
 
-def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = noisy_folder(tmp_path / "set")
     pack(source, tmp_path / "whole")
     write, count = store_format.write_shard, []
@@ -246,34 +309,52 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(store_format, "write_shard", fill)
-        with pytest.raises(ValueError, match=r"no room left .*repeat the command, finished shards are kept") as caught:
+        with pytest.raises(
+            ValueError, match=r"no room left .*repeat the command, finished shards are kept"
+        ) as caught:
             pack(source, tmp_path / "store")
-    assert "\n" not in str(caught.value) and len(list((tmp_path / "store" / "train").glob("images-*.npy"))) == 2
+    assert (
+        "\n" not in str(caught.value)
+        and len(list((tmp_path / "store" / "train").glob("images-*.npy"))) == 2
+    )
     pack(source, tmp_path / "store")
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
-def test_bad_files_stop_the_packing_by_name_after_the_good_ones_and_mending_them_finishes_it(tmp_path: Path, small_shards: None) -> None:
+def test_bad_files_stop_the_packing_by_name_after_the_good_ones_and_mending_them_finishes_it(
+    tmp_path: Path, small_shards: None
+) -> None:
     source = noisy_folder(tmp_path / "set")
     good = (source / "train" / "a" / "010.png").read_bytes()
     (source / "train" / "a" / "010.png").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"010\.png: not an image that Pillow knows.*or leave it out with --on-error skip"):
+    with pytest.raises(
+        ValueError,
+        match=r"010\.png: not an image that Pillow knows.*or leave it out with --on-error skip",
+    ):
         pack(source, tmp_path / "store")
     assert len(list((tmp_path / "store" / "train").glob("images-*.npy"))) == 3
     (source / "train" / "a" / "010.png").write_bytes(good)
     assert pack(source, tmp_path / "store")["splits"]["train"]["images"] == 60
 
 
-def test_skipped_files_are_counted_and_listed_and_no_label_moves(tmp_path: Path, small_shards: None) -> None:
+def test_skipped_files_are_counted_and_listed_and_no_label_moves(
+    tmp_path: Path, small_shards: None
+) -> None:
     source = make_folder(tmp_path / "set")
     (source / "train" / "cat" / "3.png").write_bytes(b"")
     report = pack(source, tmp_path / "store", on_error="skip")
-    assert report["splits"]["train"]["skipped"] == [["cat/3.png", "an empty file"]] and report["splits"]["train"]["images"] == 19
+    assert (
+        report["splits"]["train"]["skipped"] == [["cat/3.png", "an empty file"]]
+        and report["splits"]["train"]["images"] == 19
+    )
     assert any("cat/3.png: an empty file" in line for line in dataset_packer.report_lines(report))
-    assert store_format.read_header(tmp_path / "store" / "train")["skipped"] == [["cat/3.png", "an empty file"]]
+    assert store_format.read_header(tmp_path / "store" / "train")["skipped"] == [
+        ["cat/3.png", "an empty file"]
+    ]
     store = Store.open(tmp_path / "store" / "train")
-    assert [(level, int(label)) for level, label in zip(levels(store), store.labels, strict=True)] == [
-        (level, level // 10) for level in range(20) if level != 3]
+    assert [
+        (level, int(label)) for level, label in zip(levels(store), store.labels, strict=True)
+    ] == [(level, level // 10) for level in range(20) if level != 3]
 
 
 def test_checking_reports_every_bad_file_and_writes_nothing(tmp_path: Path) -> None:
@@ -282,7 +363,10 @@ def test_checking_reports_every_bad_file_and_writes_nothing(tmp_path: Path) -> N
         (source / name).write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
     report = dataset_packer.check(dataset_packer.list_source(source), Packing())
-    assert [report["splits"][split]["skipped"] for split in ("train", "test")] == [[["cat/3.png", "an empty file"]], [["dog/4.png", "an empty file"]]]
+    assert [report["splits"][split]["skipped"] for split in ("train", "test")] == [
+        [["cat/3.png", "an empty file"]],
+        [["dog/4.png", "an empty file"]],
+    ]
     assert report["splits"]["train"]["images"] == 19 and sorted(tmp_path.rglob("*")) == before
 
 

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.mark.parametrize("store", [random_store(), mixed_store()], ids=["one side", "two sides"])
-def test_a_saved_store_opens_with_the_same_images_labels_and_classes(store: Store, tmp_path: Path) -> None:
+def test_a_saved_store_opens_with_the_same_images_labels_and_classes(
+    store: Store, tmp_path: Path
+) -> None:
     store.save(tmp_path / "store")
     opened = Store.open(tmp_path / "store", verify=True)
     assert opened.classes == store.classes and opened.sides == store.sides
@@ -26,7 +28,9 @@ def test_a_saved_store_opens_with_the_same_images_labels_and_classes(store: Stor
 def test_a_store_on_disk_is_a_plain_numpy_array(tmp_path: Path) -> None:
     store = random_store()
     store.save(tmp_path / "store")
-    assert np.array_equal(np.load(tmp_path / "store" / "images-00000.npy").reshape(40, 3, 12, 12), store.shelves[0])
+    assert np.array_equal(
+        np.load(tmp_path / "store" / "images-00000.npy").reshape(40, 3, 12, 12), store.shelves[0]
+    )
 
 
 def test_a_saved_subset_holds_its_images_only(tmp_path: Path) -> None:
@@ -54,7 +58,9 @@ def test_a_subset_of_a_subset_is_the_images_meant() -> None:
 
 
 @pytest.mark.parametrize("side", [9, 31])
-def test_an_image_is_resized_to_the_same_bits_alone_in_a_batch_or_with_the_whole_set(side: int) -> None:
+def test_an_image_is_resized_to_the_same_bits_alone_in_a_batch_or_with_the_whole_set(
+    side: int,
+) -> None:
     store = random_store(count=600, side=20)
     whole = store.resized(side)
     assert whole is not store and whole.sides == (side,)
@@ -71,7 +77,9 @@ def test_a_set_too_large_for_memory_is_not_copied(monkeypatch: pytest.MonkeyPatc
 
 def test_reducing_averages_instead_of_dropping_pixels() -> None:
     noise = random_store(1, side=256).gather([0])
-    assert noise.float().std() > 70 and resize(noise, 32).float().std() < 12       # two of eight pixels alone would leave half of it
+    assert (
+        noise.float().std() > 70 and resize(noise, 32).float().std() < 12
+    )  # two of eight pixels alone would leave half of it
 
 
 def test_statistics_are_those_of_numpy() -> None:
@@ -79,7 +87,11 @@ def test_statistics_are_those_of_numpy() -> None:
     images = store.shelves[0].astype(np.float64)
     statistics = store.statistics(12)
     np.testing.assert_allclose(statistics.mean_image, images.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(statistics.covariance, np.cov(images.transpose(1, 0, 2, 3).reshape(3, -1), bias=True), rtol=1e-10)
+    np.testing.assert_allclose(
+        statistics.covariance,
+        np.cov(images.transpose(1, 0, 2, 3).reshape(3, -1), bias=True),
+        rtol=1e-10,
+    )
 
 
 def test_statistics_of_smaller_images_are_those_of_the_images_as_they_are_reduced() -> None:
@@ -97,29 +109,41 @@ def test_every_image_weighs_the_same_in_the_statistics_whatever_its_side() -> No
     torch.testing.assert_close(statistics.covariance, torch.full((3, 3), 1875.0).double())
 
 
-def test_statistics_of_a_store_on_disk_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_of_a_store_on_disk_are_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random_store().save(tmp_path / "store")
     first = Store.open(tmp_path / "store").statistics(12)
     monkeypatch.setattr(Store, "_measure", None)
     assert torch.equal(Store.open(tmp_path / "store").statistics(12).mean_image, first.mean_image)
     with pytest.raises(TypeError):
-        Store.open(tmp_path / "store").subset([1, 2]).statistics(12)        # other images: not the same numbers
+        Store.open(tmp_path / "store").subset([1, 2]).statistics(
+            12
+        )  # other images: not the same numbers
 
 
-@pytest.mark.parametrize("damage, name", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "images-00000.npy"),
-    (lambda path: path.unlink(), "images-00000.npy"),
-    (lambda path: path.write_bytes(b""), "images-00000.npy"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x07"), "labels.npy"),
-    (lambda path: path.write_text("{"), "header.json"),
-    (lambda path: path.write_text('{"format": "something else"}'), "header.json"),
-    (lambda path: path.write_text("[]"), "header.json"),
-    (lambda path: path.unlink(), "header.json"),
-    (lambda path: path.write_text(path.read_text().replace('"version": 2', '"version": 9')), "header.json"),
-    (lambda path: np.save(path, np.zeros((41, 3, 12, 12), np.uint8)), "images-00000.npy"),
-    (lambda path: np.save(path, np.zeros((40, 3, 12, 12), np.float32)), "images-00000.npy"),
-])
-def test_a_damaged_store_is_refused_in_one_line_that_names_the_file(tmp_path: Path, damage, name: str) -> None:
+@pytest.mark.parametrize(
+    "damage, name",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "images-00000.npy"),
+        (lambda path: path.unlink(), "images-00000.npy"),
+        (lambda path: path.write_bytes(b""), "images-00000.npy"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x07"), "labels.npy"),
+        (lambda path: path.write_text("{"), "header.json"),
+        (lambda path: path.write_text('{"format": "something else"}'), "header.json"),
+        (lambda path: path.write_text("[]"), "header.json"),
+        (lambda path: path.unlink(), "header.json"),
+        (
+            lambda path: path.write_text(path.read_text().replace('"version": 2', '"version": 9')),
+            "header.json",
+        ),
+        (lambda path: np.save(path, np.zeros((41, 3, 12, 12), np.uint8)), "images-00000.npy"),
+        (lambda path: np.save(path, np.zeros((40, 3, 12, 12), np.float32)), "images-00000.npy"),
+    ],
+)
+def test_a_damaged_store_is_refused_in_one_line_that_names_the_file(
+    tmp_path: Path, damage, name: str
+) -> None:
     random_store().save(tmp_path / "store")
     damage(tmp_path / "store" / name)
     with pytest.raises(ValueError, match=name) as caught:
@@ -182,14 +206,24 @@ def test_a_set_with_one_image_a_class_cannot_be_split() -> None:
 
 def test_limits_keep_that_many_images_chosen_by_the_seed(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "set", count=20)
-    one, two = (load(DataConfig(data="folder", data_dir=str(root), limit_train=9, limit_val=2, limit_test=11), seed) for seed in (0, 1))
+    one, two = (
+        load(
+            DataConfig(
+                data="folder", data_dir=str(root), limit_train=9, limit_val=2, limit_test=11
+            ),
+            seed,
+        )
+        for seed in (0, 1)
+    )
     assert [len(store) for store in (one.train, one.val, one.test)] == [9, 2, 11]
     assert levels(one.test) != levels(two.test)
-    assert set(one.test.labels) == {0, 1}            # a shuffle, not the head of the list
+    assert set(one.test.labels) == {0, 1}  # a shuffle, not the head of the list
 
 
 @pytest.mark.parametrize("name, available", [("train", 18), ("val", 2), ("test", 20)])
-def test_a_limit_beyond_the_set_is_refused_with_the_number_that_there_is(tmp_path: Path, name: str, available: int) -> None:
+def test_a_limit_beyond_the_set_is_refused_with_the_number_that_there_is(
+    tmp_path: Path, name: str, available: int
+) -> None:
     root = make_folder(tmp_path / "set")
     with pytest.raises(ValueError, match=f"--limit-{name} 1000: there are {available} images"):
         load_folder(root, **{f"limit_{name}": 1000})

@@ -9,9 +9,9 @@ from alexnet_mp.data import dataset_packer
 
 CLASSES = ("n01440764", "n01443537", "n02007558")
 VAL = [f"ILSVRC2012_val_0000000{k}" for k in range(1, 7)]
-TRUE = [2, 0, 1, 1, 2, 0]                       # places of the sorted class names
-DEVKIT = {2: 1, 0: 3, 1: 2}                     # the devkit's own numbers of the same classes
-SYNSETS = "n02007558\nn01443537\nn01440764\n"   # in the devkit's order
+TRUE = [2, 0, 1, 1, 2, 0]  # places of the sorted class names
+DEVKIT = {2: 1, 0: 3, 1: 2}  # the devkit's own numbers of the same classes
+SYNSETS = "n02007558\nn01443537\nn01440764\n"  # in the devkit's order
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def labels(source: Path, text: str, synsets: str = "", name: str = "labels.txt")
     file.write_text(text, encoding="utf-8")
     if synsets:
         (source.parent / "synsets.txt").write_text(synsets)
-    listing = dataset_packer.list_source(source, file, source.parent / "synsets.txt" if synsets else None)["val"]
+    listing = dataset_packer.list_source(
+        source, file, source.parent / "synsets.txt" if synsets else None
+    )["val"]
     assert [path.stem for path in listing.files] == VAL and listing.classes == CLASSES
     return listing.labels
 
@@ -38,14 +40,24 @@ def test_a_class_a_line_is_in_the_order_of_the_files_names(source: Path) -> None
 
 @pytest.mark.parametrize("suffix", ["", ".JPEG"])
 @pytest.mark.parametrize("separator", [" ", "\t", ","])
-def test_a_file_and_its_class_a_line_may_stand_in_any_order(source: Path, suffix: str, separator: str) -> None:
+def test_a_file_and_its_class_a_line_may_stand_in_any_order(
+    source: Path, suffix: str, separator: str
+) -> None:
     lines = [f"{name}{suffix}{separator}{CLASSES[k]}\n" for name, k in zip(VAL, TRUE, strict=True)]
     assert labels(source, "".join(lines[::-1])) == TRUE
 
 
 def test_kaggles_solution_file_is_read_without_its_boxes(source: Path) -> None:
-    rows = [f"{name},{CLASSES[k]} 85 1 499 272 {CLASSES[k]} 1 2 3 4 \n" for name, k in zip(VAL, TRUE, strict=True)]
-    assert labels(source, "ImageId,PredictionString\n" + "".join(rows[::-1]), name="LOC_val_solution.csv") == TRUE
+    rows = [
+        f"{name},{CLASSES[k]} 85 1 499 272 {CLASSES[k]} 1 2 3 4 \n"
+        for name, k in zip(VAL, TRUE, strict=True)
+    ]
+    assert (
+        labels(
+            source, "ImageId,PredictionString\n" + "".join(rows[::-1]), name="LOC_val_solution.csv"
+        )
+        == TRUE
+    )
 
 
 def test_the_devkits_numbers_alone_are_refused_with_what_they_are(source: Path) -> None:
@@ -76,14 +88,27 @@ def test_numbers_that_are_the_names_of_the_classes_are_just_names(tmp_path: Path
     for name in VAL:
         write_image(tmp_path / "set" / "val" / f"{name}.JPEG")
     (tmp_path / "labels.txt").write_text("2\n1\n10\n10\n2\n1\n")
-    assert dataset_packer.list_source(tmp_path / "set", tmp_path / "labels.txt")["val"].labels == TRUE
+    assert (
+        dataset_packer.list_source(tmp_path / "set", tmp_path / "labels.txt")["val"].labels == TRUE
+    )
 
 
-@pytest.mark.parametrize("text, words", [
-    ("n01440764\n", "1 classes for 6 images"), ("n99999999\n" * 6, "'n99999999' is not a class of the training images"),
-    ("".join(f"{name} {CLASSES[0]}\n" for name in VAL[:5]), "does not name the class of .*val_00000006"),
-    ("".join(f"{name} {CLASSES[0]}\n" for name in [*VAL, VAL[0]]), "names a file twice"), ("\0\n", "1 classes for 6")])
-def test_labels_that_do_not_fit_are_refused_in_one_line(source: Path, text: str, words: str) -> None:
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("n01440764\n", "1 classes for 6 images"),
+        ("n99999999\n" * 6, "'n99999999' is not a class of the training images"),
+        (
+            "".join(f"{name} {CLASSES[0]}\n" for name in VAL[:5]),
+            "does not name the class of .*val_00000006",
+        ),
+        ("".join(f"{name} {CLASSES[0]}\n" for name in [*VAL, VAL[0]]), "names a file twice"),
+        ("\0\n", "1 classes for 6"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_in_one_line(
+    source: Path, text: str, words: str
+) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         labels(source, text)
     assert "\n" not in str(caught.value)
@@ -101,21 +126,33 @@ def test_a_labels_file_that_is_not_there_is_named(source: Path) -> None:
 
 
 def test_a_flat_val_folder_without_labels_is_refused_with_both_ways_out(source: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no class folders, but 6 images: sort them into .*/val/CLASS/, or .*launch/pack\.py --val-labels"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no class folders, but 6 images: sort them into .*/val/CLASS/, or .*launch/pack\.py --val-labels",
+    ):
         dataset_packer.list_source(source)
 
 
 @pytest.mark.parametrize("given", ["", "ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC"])
-def test_imagenets_archives_are_found_whichever_of_their_folders_is_named(tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_imagenets_archives_are_found_whichever_of_their_folders_is_named(
+    tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_folder(tmp_path / "ILSVRC" / "Data" / "CLS-LOC", ("train", "val"), CLASSES, 2)
     write_image(root / "test" / "ILSVRC2012_test_00000001.JPEG")
     listings = dataset_packer.list_source(tmp_path / given)
-    assert {name: len(listing.files) for name, listing in listings.items()} == {"train": 6, "val": 6}
+    assert {name: len(listing.files) for name, listing in listings.items()} == {
+        "train": 6,
+        "val": 6,
+    }
     assert "test: left out, ImageNet gives no labels for its test images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("splits, words", [((), "no folder train in it"), (("train",), "no folder val or test in it")])
-def test_a_source_without_what_training_needs_is_told_so(tmp_path: Path, splits: tuple[str, ...], words: str) -> None:
+@pytest.mark.parametrize(
+    "splits, words", [((), "no folder train in it"), (("train",), "no folder val or test in it")]
+)
+def test_a_source_without_what_training_needs_is_told_so(
+    tmp_path: Path, splits: tuple[str, ...], words: str
+) -> None:
     (tmp_path / "set").mkdir()
     with pytest.raises(FileNotFoundError, match=words):
         dataset_packer.list_source(make_folder(tmp_path / "set", splits))

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import stat
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from alexnet_mp import AlexNet, preset
+from alexnet_mp.config.files import temporary_path
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.rendezvous import Environment
 from alexnet_mp.training import checkpoint
@@ -106,6 +108,30 @@ def test_a_write_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch) -> None:
+    events, sync, rename = [], os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        events.append("folder synced" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        sync(descriptor)
+
+    def replace(source, target) -> None:
+        events.append(f"named {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    save(tmp_path / "last.pt", *stepped(), links=(tmp_path / "best.pt",))
+    assert events == [
+        (tmp_path / "last.pt").stat().st_size,  # the whole file
+        "named last.pt",
+        "folder synced",
+        "named best.pt",
+        "folder synced",
+    ]
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none.pt: no such checkpoint"):
         checkpoint.read(tmp_path / "none.pt")
@@ -122,8 +148,13 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path) -> None:
 
 
 class Hostile:
+    """Unpickling it would make a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/alexnet_mp_was_here",)
+        return os.mkdir, (str(self.file),)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +177,12 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_that_names_it(
     elif damage == "foreign":
         torch.save({"state_dict": {}}, path)
     elif damage == "hostile":
-        torch.save({"format": Hostile()}, path)
+        torch.save({"format": Hostile(tmp_path / "executed")}, path)
     elif damage == "future":
         torch.save(dict(checkpoint.read(path), version=99), path)
     with pytest.raises(ValueError, match=r"last\.pt: ") as caught:
         checkpoint.read(path)
-    assert "\n" not in str(caught.value) and not Path("/tmp/alexnet_mp_was_here").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "executed").exists()
 
 
 def test_another_networks_checkpoint_is_refused_by_its_first_tensor(tmp_path) -> None:
@@ -284,9 +315,9 @@ def test_the_systems_own_reason_for_a_failed_write_is_given(tmp_path) -> None:
     ] == ["last.pt"]
 
 
-def test_a_stale_temporary_is_overwritten_and_never_read(tmp_path) -> None:
-    (tmp_path / "last.pt.tmp").write_bytes(b"half a checkpoint")
+def test_a_temporary_of_a_killed_process_is_never_read(tmp_path) -> None:
+    stale = tmp_path / temporary_path(tmp_path / "last.pt").name
+    stale.write_bytes(b"half a checkpoint")
     save(tmp_path / "last.pt", *stepped())
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"] and checkpoint.read(
-        tmp_path / "last.pt"
-    )
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert checkpoint.read(tmp_path / "last.pt")
