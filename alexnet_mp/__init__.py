@@ -6,7 +6,8 @@ from alexnet_mp.model.alexnet import AlexNet, LocalLink
 from alexnet_mp.model.four_layer import build_network
 from alexnet_mp.model.numpy_init import initialize_biases, initialize_weights
 from alexnet_mp.ops.response_norm import LocalResponseNorm
-from alexnet_mp.parallel.exchange import GroupLink, Meter
+from alexnet_mp.parallel.exchange import GroupLink
+from alexnet_mp.parallel.meter import Meter
 from alexnet_mp.training.schedule import EarlyStopping
 from alexnet_mp.training.sgd2012 import SGD2012
 from alexnet_mp.training.trainer import Trainer

@@ -13,7 +13,8 @@ from alexnet_mp.cli import parser
 from alexnet_mp.cli.process import printing_json, run_main
 from alexnet_mp.config.arguments import FiguresRequest
 from alexnet_mp.inference.run_pictures import FinishedRun, draw
-from alexnet_mp.parallel.rendezvous import Environment, choose_device, set_threads
+from alexnet_mp.parallel.devices import choose_device, set_threads
+from alexnet_mp.parallel.launcher import Environment
 
 DESCRIPTION = """Draws what a run has learned: kernels.png (the first layer, column above column, with its color selectivity), curves.png,
 samples.png (training images), predictions.png (test images with their likeliest classes) and neighbors.png (the training images

@@ -15,7 +15,7 @@ from alexnet_mp.cli import parser
 from alexnet_mp.cli.process import printing_json, run_main
 from alexnet_mp.data import dataset_packer
 from alexnet_mp.data.shard_writer import Packing
-from alexnet_mp.parallel.rendezvous import Environment
+from alexnet_mp.parallel.launcher import Environment
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ import tyro
 from alexnet_mp.config import Config
 from alexnet_mp.config.arguments import EvaluateRequest, PackRequest, PredictRequest
 from alexnet_mp.config.presets import preset
-from alexnet_mp.parallel.rendezvous import launcher, restarts
+from alexnet_mp.parallel.launcher import launcher, restarts
 from alexnet_mp.training.checkpoint import read_to_resume
 
 LAST = "last"  # what `--resume` without a file stands for

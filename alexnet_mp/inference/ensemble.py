@@ -29,7 +29,7 @@ from alexnet_mp.data import (
 from alexnet_mp.ops import cpu_kernels
 from alexnet_mp.ops.precision import autocast
 from alexnet_mp.parallel.context import init_parallel
-from alexnet_mp.parallel.exchange import EVALUATION
+from alexnet_mp.parallel.meter import EVALUATION
 from alexnet_mp.training import checkpoint
 from alexnet_mp.training.metrics import evaluate
 

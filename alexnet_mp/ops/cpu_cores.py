@@ -1,7 +1,7 @@
 """How many CPU cores this process may use: the smaller of its affinity and its container's quota.
 
-A quota (`docker run --cpus=2`, Kubernetes' `limits.cpu`) does not show in the affinity: a process of a 64-core host still sees
-64 cores, and threads beyond the quota only stop one another.
+A quota (`docker run --cpus=2`, Kubernetes' `limits.cpu`) does not show in the affinity: a process
+on a host of 64 cores still sees all of them, and threads beyond the quota only stop one another.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def affinity() -> list[int]:
 
 
 def cpu_quota(groups: Path | None = None, own: Path | None = None) -> float | None:
-    """The control groups' limit in cores (2.5: two and a half), the least of this process's groups; None without a limit.
+    """The least limit of this process's control groups in cores, e.g. 2.5; None without one.
 
-    Reads `cpu.max` (cgroup v2) or `cpu.cfs_quota_us` (v1) of the process's group and all above it. Inside a container the
-    group's path may be the host's, which is not to be seen there: then its own root counts.
+    Reads `cpu.max` (cgroup v2) or `cpu.cfs_quota_us` (v1) of the process's group and all above it.
+    Inside a container the group's path may be the host's, which does not exist there: then the
+    root of the container's own groups counts.
     """
     limits = []
     for folder in _groups(groups or CONTROL_GROUPS, own or OWN_GROUPS):
@@ -44,7 +45,7 @@ def cpu_quota(groups: Path | None = None, own: Path | None = None) -> float | No
 
 
 def _quota_and_period(folder: Path) -> tuple[int, int]:
-    """Microseconds of CPU time in each period of so many; ValueError ("max") or OSError where there is no limit."""
+    """Microseconds of CPU time in a period of so many; ValueError or OSError without a limit."""
     version_2 = folder / "cpu.max"
     if version_2.exists():
         quota, period = version_2.read_text().split()

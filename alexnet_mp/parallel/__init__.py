@@ -1,4 +1,4 @@
-"""Ranks: the exchange of activations, this rank's place and groups, how ranks meet and notice that one is lost.
+"""Ranks: the exchange of activations, each rank's place and groups, and how a lost rank is noticed.
 
 Imports config, ops and model. Start with `exchange.py`, the only module that moves activations; its
 bytes and waits are counted in `meter.py`. `context.py` makes a rank's place and groups:

@@ -47,9 +47,9 @@ class Collectives:
         return self.rank == 0
 
     def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
-        """Begins to add up `values` (any shape, on the CPU) over all ranks, and leaves them as they are.
+        """Begins to add up `values` (any shape, on the CPU) over all ranks.
 
-        The callable waits for the sum, which is the same on each rank.
+        The callable waits for the sum, the same on each rank; `values` stay as they are.
         """
         values = values.clone()
         if self.control is None:
@@ -71,7 +71,10 @@ class Collectives:
         return self.start_sum(values)()
 
     def sum_on_device(self, values: Tensor) -> None:
-        """Adds up `values` over all ranks in place, on their device, without waiting for it; one rank, or NCCL."""
+        """Adds up `values` over all ranks in place, on their device, without waiting for the sum.
+
+        For one rank, or for NCCL.
+        """
         if self.control is None:
             return
         with self.meter.counting("control"):
@@ -79,7 +82,7 @@ class Collectives:
         dist.all_reduce(values)
 
     def all_reduce_replicas(self, values: Tensor) -> Tensor:
-        """The sum of `values` over the copies of the network; all ranks of one copy have the same."""
+        """The sum of `values` over the copies of the network; the ranks of a copy have the same."""
         return self.sum(values) / self.column_ranks
 
     def gather(self, value: Any) -> list[Any]:
@@ -87,7 +90,7 @@ class Collectives:
         return self._gather(value, self.control)
 
     def gather_no_timeout(self, value: Any) -> list[Any]:
-        """As `gather`, without a time limit; peers that die or freeze meanwhile end by their heartbeat."""
+        """As `gather`, without a time limit: a lost rank is still noticed by the heartbeat."""
         return self._gather(value, self.no_timeout_group)
 
     def _gather(self, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -105,7 +108,9 @@ class Collectives:
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         if self.control is None or self.column_ranks == 1:
             return tensors
-        kinds = self.gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        kinds = self.gather(
+            {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        )
         with self.meter.counting("checkpoint"):
             for sender in range(1, self.column_ranks):
                 for name, (shape, dtype) in kinds[sender].items():
@@ -118,10 +123,10 @@ class Collectives:
         return tensors
 
     def run_on_rank0(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on rank 0 while the others wait, however long; its result (picklable) is every rank's.
+        """Runs `work` on rank 0 while the others wait, however long; every rank gets its result.
 
-        Its OSError or ValueError is raised on all ranks alike. So ranks that do not see rank 0's
-        files get their content: `run_on_rank0(lambda: read(path))`.
+        The result is picklable. An OSError or ValueError of `work` is raised on all ranks alike.
+        Ranks that do not see rank 0's files get their content: `run_on_rank0(lambda: read(path))`.
         """
         if self.no_timeout_group is None:
             return work()

@@ -12,7 +12,7 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,16 +31,20 @@ from alexnet_mp.parallel.heartbeat import Heartbeat
 from alexnet_mp.parallel.launcher import Environment, launcher
 from alexnet_mp.parallel.rendezvous import (
     number_local_ranks,
+    prefixed,
     rendezvous,
     shake_hands,
     start_heartbeat,
 )
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 GROUP_TIMEOUT = 600.0
 """Seconds, at least, that the groups of activations and gradients wait.
 
-NCCL counts from the moment at which an operation is enqueued, while the host runs ahead: a slow disk
-or a cold compilation on one rank must not end the others. Ranks that are lost are noticed by their
+NCCL counts from the moment at which an operation is enqueued, while the host runs ahead: a slow
+disk or a cold compilation on one rank must not end the others. A lost rank is noticed by its
 heartbeat long before.
 """
 
@@ -90,19 +94,17 @@ class ParallelContext(Collectives):
         return self.mesh[name].get_group()
 
     def build_model(self, config: ModelConfig, seed: int) -> AlexNet:
-        """This rank's columns of the network, linked to the others', on this rank's device, channels-last.
+        """This rank's columns of the network on its device, channels-last, linked to the others.
 
         In that format CPUs pool several times as fast, GPUs convolve faster in half precision, and
         a crossing's maps leave uncopied.
         """
-        link = (
-            GroupLink(self.model_group, self.meter, self.wire) if self.column_ranks > 1 else None
-        )
-        model = build_network(config, self.columns, link, seed)
-        return model.to(self.device, memory_format=torch.channels_last)
+        link = GroupLink(self.model_group, self.meter, self.wire) if self.column_ranks > 1 else None
+        model = build_network(config, self.columns, link, seed).to(self.device)
+        return model.to(memory_format=torch.channels_last)
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
-        """`model` with its gradients averaged over the data group; itself where there is one copy only."""
+        """`model` with gradients averaged over the data group; `model` itself without copies."""
         if self.data_ranks == 1:
             return model
         return DistributedDataParallel(
@@ -112,9 +114,10 @@ class ParallelContext(Collectives):
         )
 
     def placement(self, model: nn.Module, batch_size: int) -> list[str]:
-        """A line for each rank of the first copy: its columns, parameters and batch size. Every rank calls it.
+        """A line for each rank of the first copy: its columns, parameters and batch size.
 
         E.g. "rank 0: column 0; 10,108,620 parameters; batch 32"; the other copies hold the same.
+        Every rank calls it.
         """
         columns = ", ".join(map(str, self.columns))
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -201,12 +204,12 @@ def init_parallel(config: Config, environment: Environment | None = None) -> Par
             )
         return context
     context.backend = shake_hands(store, environment, context.device, config)
-    _make_groups(context, dist.PrefixStore("world", store))
+    _make_groups(context, prefixed("world", store))
     return context
 
 
-def _make_groups(context: ParallelContext, store: dist.Store) -> None:
-    """The default group, both axes of the mesh and the control groups, each with a time limit of its own.
+def _make_groups(context: ParallelContext, store: Store) -> None:
+    """Makes the default group, both axes of the mesh and the control groups, with their limits.
 
     Every rank makes every group, in one order. `init_device_mesh` would leave the axes torch's own
     limits: in torch 2.6 those of new groups, later those of the default group.
@@ -223,18 +226,24 @@ def _make_groups(context: ParallelContext, store: dist.Store) -> None:
         timeout=limit,
     )
     ranks = torch.arange(context.world_size, dtype=torch.int).view(-1, context.column_ranks)
-    data_groups = [dist.new_group(column, timeout=limit) for column in ranks.t().tolist()]
-    model_groups = [dist.new_group(copy, timeout=limit) for copy in ranks.tolist()]
+    data_groups = [_new_group(column, limit) for column in ranks.t().tolist()]
+    model_groups = [_new_group(copy, limit) for copy in ranks.tolist()]
     context.mesh = DeviceMesh.from_group(
         [data_groups[context.column_rank], model_groups[context.data_rank]],
         "cuda" if context.backend == "nccl" else "cpu",
         ranks,
         mesh_dim_names=("data", "column"),
     )
-    context.control = dist.new_group(
-        backend="gloo", timeout=timedelta(seconds=context.timeout)
-    )
-    context.no_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    everyone = list(range(context.world_size))
+    context.control = _new_group(everyone, timedelta(seconds=context.timeout), "gloo")
+    context.no_timeout_group = _new_group(everyone, timedelta(days=30), "gloo")
+
+
+def _new_group(
+    ranks: list[int], timeout: timedelta, backend: str | None = None
+) -> dist.ProcessGroup:
+    """A group of `ranks`. Every rank calls it; those outside get a stand-in that no one uses."""
+    return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout, backend=backend))
 
 
 def describe(context: ParallelContext) -> dict[str, Any]:

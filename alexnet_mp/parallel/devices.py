@@ -43,22 +43,23 @@ def choose_device(asked: str, environment: Environment) -> torch.device:
     if asked == "mps" and not mps:
         raise ValueError("--device mps: this machine has no MPS")
     if asked == "mps" and environment.world_size > 1:
-        raise ValueError(
-            "--device mps: MPS serves one rank only; start one, or use --device cpu"
-        )
+        raise ValueError("--device mps: MPS serves one rank only; start one, or use --device cpu")
     alone = environment.world_size == 1
     return torch.device("mps" if mps and alone and asked in ("auto", "mps") else "cpu")
 
 
 def _check_kernels(index: int) -> None:
-    """ValueError where this build of torch has no kernels for the GPU: torch only warns, then fails at its first use."""
+    """ValueError where this build of torch has no kernels for the GPU.
+
+    Torch only warns, and fails at the GPU's first use.
+    """
     compiled_for = torch.cuda.get_arch_list()
     if torch.version.cuda is None or not compiled_for:  # ROCm names its architectures otherwise
         return
     capability = torch.cuda.get_device_capability(index)
     if not any(_runs_on(architecture, capability) for architecture in compiled_for):
         raise ValueError(
-            f"this torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(index)} "
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(index)} "
             f"(sm_{capability[0]}{capability[1]}; it has {', '.join(compiled_for)}): "
             "install a build for it (https://pytorch.org/get-started/locally/), or use --device cpu"
         )
@@ -88,7 +89,10 @@ def gpu_identity(device: torch.device) -> str:
 
 
 def is_mig_slice(device: torch.device) -> bool:
-    """Whether the device is a slice of a GPU (MIG): NCCL takes two slices of one GPU for the same device and refuses."""
+    """Whether the device is a slice of a GPU (MIG).
+
+    NCCL takes two slices of one GPU for the same device and refuses them.
+    """
     return device.type == "cuda" and "MIG" in torch.cuda.get_device_name(device)
 
 
@@ -100,7 +104,10 @@ def device_name(device: torch.device) -> str:
 
 
 def tf32(device: torch.device) -> dict[str, bool] | None:
-    """Whether a GPU may multiply float32 with ten bits of mantissa; torch's defaults are no in products and yes in convolutions."""
+    """Whether a GPU may round float32 to ten bits of mantissa, in products and in convolutions.
+
+    Torch's defaults are no and yes.
+    """
     if device.type != "cuda":
         return None
     with warnings.catch_warnings():
@@ -139,7 +146,8 @@ def set_threads(asked: int, environment: Environment, device: torch.device) -> i
 def _users_threads(ranks: int, variables: Mapping[str, str] = os.environ) -> int:
     """OMP_NUM_THREADS where the user set it, else 0.
 
-    torchrun sets it to 1 for several ranks of a host where the user set nothing; that 1 says nothing.
+    torchrun sets it to 1 for several ranks of a host where the user set nothing: that 1 does not
+    count.
     """
     value = variables.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" where nested
     threads = int(value) if value.isdigit() else 0

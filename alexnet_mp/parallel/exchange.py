@@ -4,8 +4,8 @@ A crossing sends this rank's columns to every other rank of its model group and 
 is a pair of autograd functions, Start and Finish, so that a transfer and the product of the layer's
 own half overlap. Time runs from left to right in both rows:
 
-    forward     Start: send          -> own half's product    -> Finish: wait  -> peers' half's product
-    backward    peers' half's gradients -> Finish: send       -> own half's gradients -> Start: wait, add
+    forward     Start: send     ->  own product     ->  Finish: wait  ->  peers' product
+    backward    peers' gradient ->  Finish: send    ->  own gradient  ->  Start: wait, add
 
 Backward needs no code of its own for this order: among the nodes that are ready, autograd runs the
 one that was created last. Finish was created after the own half's product, so its gradient leaves
@@ -20,7 +20,7 @@ double every gradient below.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alexnet_mp.parallel.meter import Meter, Timestamp
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Transfer:
@@ -67,7 +69,7 @@ class Transfer:
             )
 
     def wait(self) -> list[Tensor]:
-        """The peers' tensors, in rank order, in the device, type and memory format of what was sent."""
+        """The peers' tensors, in rank order, as what was sent: device, type, memory format."""
         for work in self.works:
             work.wait()
         received = [
@@ -83,7 +85,7 @@ class Transfer:
 
 
 class _PendingExchange:
-    """The state that both functions of one crossing share: its transfer, first of activations, then of gradients."""
+    """The state that both functions of a crossing share: its transfer, then the gradients'."""
 
     def __init__(self, link: GroupLink, layer: str) -> None:
         self.link, self.layer = link, layer
@@ -110,7 +112,7 @@ class _PendingExchange:
 
 
 class _Start(torch.autograd.Function):
-    """Forward: (N, c, ...) to every peer. Backward: the sum of the gradients that the peers send back."""
+    """Forward: sends (N, c, ...) to every peer. Backward: the sum of the gradients they return."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: _PendingExchange) -> Tensor:
@@ -119,7 +121,7 @@ class _Start(torch.autograd.Function):
         return x.new_empty(0)  # ties Finish to this node in the graph; carries nothing
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types for it
+    @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         first, *others = ctx.exchange.wait()
         for gradient in others:
@@ -136,14 +138,14 @@ class _Finish(torch.autograd.Function):
         return tuple(exchange.wait())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types for it
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ctx.exchange.send(list(gradients), "backward")
         return gradients[0].new_empty(0), None
 
 
 class _SumOfShares(torch.autograd.Function):
-    """Forward: the sum over ranks, in rank order on each of them. Backward: identity, the loss is the same everywhere."""
+    """Forward: the sum over ranks, in rank order. Backward: identity, as all have the same loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: _PendingExchange) -> Tensor:
@@ -157,17 +159,22 @@ class _SumOfShares(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no types for it
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
-class GroupLink:
-    """Reaches the columns on the other ranks of a process group, each of which holds as many as this one.
+def _not_compiled(method: Method) -> Method:
+    """Keeps torch.compile out: it could move the wait before the own half's product."""
+    return cast(Method, cast(Any, torch.compiler).disable(method))
 
-    `group` is the model group, its ranks in column order. CUDA tensors go through pinned host memory
-    where the group's backend is gloo, which does not send them. `wire` is a narrower type for what
-    travels, but for logits, of which every rank must have the same sum; None: as it is.
+
+class GroupLink:
+    """Reaches the columns on the other ranks of a process group, which hold as many as this one.
+
+    `group` is the model group, its ranks in column order. CUDA tensors go through pinned host
+    memory where the group's backend is gloo, which does not send them. `wire` is a narrower type
+    for what travels, but for logits, of which every rank must have the same sum; None: as it is.
 
     Gradients through a link can be taken once: a second derivative over ranks raises RuntimeError.
     """
@@ -192,18 +199,18 @@ class GroupLink:
             return host.copy_(x)  # blocking: gloo's thread, which reads it, knows no stream
         return x
 
-    # A compiled graph would be free to move the wait before the own half's product.
-    @torch.compiler.disable
+    @_not_compiled
     def start_exchange(self, layer: str, x: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Sends the columns `x`, each (N, c, ...), and returns at once; the callable waits for the peers'.
+        """Sends the columns `x`, each (N, c, ...), and returns at once, before the peers' arrive.
 
-        It returns for each column here all other columns, (N, c * (columns - 1), ...), in column
-        order. Backward: gradients go back the same way and are summed.
+        The callable waits for them. It returns for each column here all other columns,
+        (N, c * (columns - 1), ...), in column order. Backward: gradients go back the same way and
+        are summed.
         """
         exchange = _PendingExchange(self, layer)
         token = _Start.apply(x[0] if len(x) == 1 else torch.cat(x, 1), exchange)
 
-        @torch.compiler.disable
+        @_not_compiled
         def arrive() -> list[Tensor]:
             ranks = [list(part.chunk(len(x), 1)) for part in _Finish.apply(token, exchange)]
             ranks.insert(self.rank, x)
@@ -216,10 +223,14 @@ class GroupLink:
 
         return arrive
 
-    @torch.compiler.disable
+    @_not_compiled
     def sum(self, layer: str, x: list[Tensor]) -> Tensor:
-        """The sum over all columns of the shares `x`, each (N, classes), the same on every rank. Backward: identity."""
+        """The sum of all columns' shares, here `x`, each (N, classes): the same on every rank.
+
+        Backward: identity.
+        """
         share = x[0]
         for part in x[1:]:
             share = share + part
-        return _SumOfShares.apply(share, _PendingExchange(self, layer))
+        total: Tensor = _SumOfShares.apply(share, _PendingExchange(self, layer))
+        return total

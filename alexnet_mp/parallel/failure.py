@@ -1,4 +1,4 @@
-"""What a failed collective's error text tells, and the file in which torchrun looks for a rank's cause."""
+"""Reads the errors of failed collectives, and writes the cause where torchrun looks for it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def is_backend_error(error: BaseException) -> bool:
 
 
 def explain_nccl_error(error: BaseException | str) -> str | None:
-    """NCCL's reason for `error` in one line, with the way out where one is known; None where it gives no reason.
+    """NCCL's reason for `error` and the way out, in one line; None where it gives no reason.
 
-    E.g. a container with too little /dev/shm, two ranks on one GPU, a network interface that is not there.
+    E.g. a container with too little /dev/shm, two ranks on one GPU, a missing network interface.
     """
     _, found, reason = str(error).partition(LAST_ERROR)
     lines = [line.strip() for line in reason.strip().splitlines() if line.strip()]
@@ -44,12 +44,15 @@ def explain_nccl_error(error: BaseException | str) -> str | None:
     elif "duplicate gpu" in lowered:
         hint = "give each rank a GPU of its own, or use --backend gloo"
     else:
-        hint = "NCCL_DEBUG=WARN tells more; in a container, --shm-size=1g may help; --backend gloo works without NCCL"
+        hint = (
+            "NCCL_DEBUG=WARN tells more; a container may need --shm-size=1g; "
+            "--backend gloo works without NCCL"
+        )
     return f"NCCL: {text}; {hint}"
 
 
 def tell_torchrun(message: str) -> None:
-    """Writes the cause where torchrun looks for it, so that torchrun's own last lines end with it too."""
+    """Writes the cause where torchrun looks for it, so that torchrun's last lines end with it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return

@@ -1,10 +1,10 @@
 """How ranks know that the others are alive, and the one cause that all of them name when they end.
 
-Every rank has a thread that writes a beat to the store about once a second and reads the others'. A
-rank whose process is gone is noticed at once where it ran on this host; one that is frozen (stopped,
-stuck in the kernel, on a machine that has gone) once it has been silent for three quarters of
-`--timeout`. A rank that works long is not silent: its thread beats. The first cause that a rank posts
-is the only one that is printed (`report`).
+Every rank has a thread that writes a beat to the store about once a second and reads the others'.
+A rank whose process is gone is noticed at once where it ran on this host; one that is frozen
+(stopped, stuck in the kernel, on a machine that has gone) once it has been silent for three
+quarters of `--timeout`. A rank that works long is not silent: its thread beats. The first cause
+that a rank posts is the only one that is printed (`report`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from alexnet_mp.config.processes import host_identity, process_state
 from alexnet_mp.parallel.failure import tell_torchrun
 from alexnet_mp.parallel.launcher import started_by_torchrun
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 SILENCE = 0.75
-"""Share of `--timeout` after which a silent rank counts as frozen: before any collective gives up."""
+"""Share of `--timeout` after which a silent rank is frozen: before any collective gives up."""
 
 GRACE = 5.0
 """Seconds that the main thread has to end by itself once a peer has died, e.g. to finish a file."""
@@ -72,14 +73,14 @@ class Heartbeat(threading.Thread):
 
     def __init__(
         self,
-        store: dist.Store | None,
+        store: Store | None,
         rank: int,
         world_size: int,
         timeout: float,
         status: Callable[[], str],
         own_store: bool,
     ) -> None:
-        """`store` is a client of this thread's own: a call that blocks would stall all others that use it.
+        """`store` is a client of this thread's own: a blocking call would stall other users.
 
         `status` tells what this rank does. `own_store`: rank 0 keeps the store, not the launcher.
         """
@@ -98,7 +99,7 @@ class Heartbeat(threading.Thread):
         super().start()
 
     def stop(self) -> None:
-        """Leaves without alarm. Rank 0, where it keeps the store, waits for the others to have left it."""
+        """Leaves without alarm. Rank 0, if it keeps the store, waits until the others have left."""
         self._ended.set()
         with contextlib.suppress(RuntimeError, ValueError):
             if self.store is not None:
@@ -218,7 +219,7 @@ class Heartbeat(threading.Thread):
             return None
 
     def post(self, message: str) -> tuple[bool, str]:
-        """Posts why this rank ends. Returns whether it is the first, which then prints it, and the cause."""
+        """Posts why this rank ends: (whether it is the first, which prints it; the first cause)."""
         if self.store is not None and not self.store_lost:
             mine = f"{message}\n{self.rank} {os.getpid()}"
             try:
@@ -241,7 +242,7 @@ class Heartbeat(threading.Thread):
         return cause
 
     def _end(self, message: str, grace: float) -> None:
-        """Reports `message` and ends this process, whose main thread may wait for the lost rank for ever."""
+        """Reports `message` and ends this process: its main thread may wait for the lost rank."""
         report(message)
         if not self._ended.wait(grace):
             _exit(1)

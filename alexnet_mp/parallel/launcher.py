@@ -1,4 +1,4 @@
-"""The environment that the launcher sets: torchrun's variables, a cluster's, or one process of its own."""
+"""The environment that the launcher sets: torchrun's variables, a cluster's, or none."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ class Environment:
     address: str = ""
     port: int = 0
     knows_host: bool = True
-    """Whether `local_rank` and `local_world_size` are known; else `rendezvous.number_local_ranks` finds them."""
+    """Whether both local numbers are known; else `rendezvous.number_local_ranks` finds them."""
 
     @staticmethod
     def read(variables: Mapping[str, str] = os.environ) -> Environment:
-        """The environment that `variables` describe; ValueError names one that is missing or no number.
+        """The environment that `variables` describe.
 
-        LOCAL_RANK and LOCAL_WORLD_SIZE may be missing, as in a Kubeflow PyTorchJob or with `RANK=$SLURM_PROCID`.
+        ValueError names a variable that is missing or no number. LOCAL_RANK and LOCAL_WORLD_SIZE
+        may be missing, as in a Kubeflow PyTorchJob or with `RANK=$SLURM_PROCID`.
         """
         if "RANK" not in variables and "WORLD_SIZE" not in variables:
             return Environment()

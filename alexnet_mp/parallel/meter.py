@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ Timestamp: TypeAlias = "float | torch.cuda.Event"
 
 
 class Meter:
-    """What this rank sends, in values and bytes, by (phase, layer, direction), and seconds of waiting by phase.
+    """Values and bytes that this rank sends, by (phase, layer, direction); seconds by phase.
 
-    A phase is "training", "evaluation", "control" or "checkpoint"; a direction "forward" or "backward".
+    A phase is "training", "evaluation", "control" or "checkpoint"; a direction is "forward" or
+    "backward".
 
     `in_flight_seconds` last from each send to the end of its wait, `exposed_seconds` from the
     beginning of the wait: that part of the exchange has no work beside it, the rest is hidden. Both
@@ -35,7 +36,9 @@ class Meter:
         self.exposed_seconds: dict[str, float] = defaultdict(float)
         self.in_flight_seconds: dict[str, float] = defaultdict(float)
         self.times_device = False
-        self._unresolved: list[tuple[str, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
+        self._unresolved: list[
+            tuple[str, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]
+        ] = []
 
     def count(self, layer: str, direction: str, sent: Tensor, copies: int = 1) -> None:
         """`copies` of `sent` leave this rank."""
@@ -64,7 +67,8 @@ class Meter:
         """Now. `device_waits`: what is timed makes the GPU wait, not the host."""
         if not (device_waits and self.times_device):
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        new_event = cast(Callable[..., torch.cuda.Event], torch.cuda.Event)  # it has no types
+        event = new_event(enable_timing=True)
         event.record()
         return event
 
@@ -73,9 +77,11 @@ class Meter:
         if isinstance(sent, float) and isinstance(asked, float) and isinstance(arrived, float):
             self.exposed_seconds[self.phase] += arrived - asked
             self.in_flight_seconds[self.phase] += arrived - sent
-        elif not any(isinstance(moment, float) for moment in (sent, asked, arrived)):
+        elif not (
+            isinstance(sent, float) or isinstance(asked, float) or isinstance(arrived, float)
+        ):
             # Reading an event before it has happened would stop the host.
-            self._unresolved.append((self.phase, sent, asked, arrived))  # type: ignore[arg-type]  # none is a float
+            self._unresolved.append((self.phase, sent, asked, arrived))
 
     def resolve_device_times(self) -> None:
         """Adds up the waits that were timed on the device, which has been synchronized since."""

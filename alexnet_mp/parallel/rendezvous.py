@@ -1,4 +1,4 @@
-"""How ranks meet before any process group: the store, the handshake, who shares a host, and which backend serves all."""
+"""How ranks meet before any process group: the store, the handshake, hosts, and the backend."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import json
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 
 from alexnet_mp.config import Config
+from alexnet_mp.config.processes import host_identity
 from alexnet_mp.parallel.devices import gpu_identity, is_mig_slice
-from alexnet_mp.parallel.heartbeat import Heartbeat, host_identity, process_identity
+from alexnet_mp.parallel.heartbeat import Heartbeat, process_identity
 from alexnet_mp.parallel.launcher import (
     HOW_TO_START,
     Environment,
@@ -25,6 +26,9 @@ from alexnet_mp.parallel.launcher import (
     started_by_torchrun,
 )
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 MAY_DIFFER = ("device", "threads", "workers")
 """Fields of RunConfig that each rank may have otherwise (of the device only the type is compared).
 
@@ -32,7 +36,7 @@ All others must agree: one rank would wait for what another does not do.
 """
 
 
-def rendezvous(environment: Environment, timeout: float) -> dist.Store:
+def rendezvous(environment: Environment, timeout: float) -> Store:
     """The store through which ranks find each other; all of them have arrived when it returns.
 
     ValueError, after `timeout` seconds, names the ranks that did not start.
@@ -67,8 +71,8 @@ def rendezvous(environment: Environment, timeout: float) -> dist.Store:
     return store
 
 
-def _connect(environment: Environment, timeout: float, master: bool) -> dist.Store:
-    store = dist.TCPStore(
+def _connect(environment: Environment, timeout: float, master: bool) -> Store:
+    store = cast(Any, dist).TCPStore(  # torch's types lack it
         environment.address,
         environment.port,
         environment.world_size,
@@ -77,10 +81,15 @@ def _connect(environment: Environment, timeout: float, master: bool) -> dist.Sto
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return dist.PrefixStore(f"alexnet_mp/{restarts()}", store)
+    return prefixed(f"alexnet_mp/{restarts()}", store)
 
 
-def _check_world_size(store: dist.Store, ranks: list[int]) -> None:
+def prefixed(prefix: str, store: Store) -> Store:
+    """A view of `store` whose keys meet no others."""
+    return cast("Store", cast(Any, dist).PrefixStore(prefix, store))  # torch's types lack it
+
+
+def _check_world_size(store: Store, ranks: list[int]) -> None:
     sizes = {rank: store.get(f"arrived/{rank}").decode() for rank in ranks}
     for rank, size in sizes.items():
         if size != sizes[0]:
@@ -90,7 +99,7 @@ def _check_world_size(store: dist.Store, ranks: list[int]) -> None:
             )
 
 
-def number_local_ranks(store: dist.Store, environment: Environment) -> Environment:
+def number_local_ranks(store: Store, environment: Environment) -> Environment:
     """`environment` with the place among the ranks of this host, where the launcher did not say it.
 
     Ranks share a host if they see the same host name and process numbers: containers of one machine
@@ -98,9 +107,7 @@ def number_local_ranks(store: dist.Store, environment: Environment) -> Environme
     """
     if environment.knows_host:
         return environment
-    hosts = [
-        json.loads(store.get(f"who/{rank}"))["host"] for rank in range(environment.world_size)
-    ]
+    hosts = [json.loads(store.get(f"who/{rank}"))["host"] for rank in range(environment.world_size)]
     here = [rank for rank, host in enumerate(hosts) if host == hosts[environment.rank]]
     return dataclasses.replace(
         environment,
@@ -144,9 +151,9 @@ def code_version() -> str:
 
 
 def shake_hands(
-    store: dist.Store, environment: Environment, device: torch.device, config: Config
+    store: Store, environment: Environment, device: torch.device, config: Config
 ) -> str:
-    """Compares what all ranks must have in common; returns the backend ("nccl" or "gloo") that serves all.
+    """Compares what all ranks must have in common; returns the backend for all, "nccl" or "gloo".
 
     ValueError, the same on all ranks, names the first rank that differs from rank 0, and in what.
     """
@@ -172,9 +179,9 @@ def shake_hands(
 def _parse_handshake(rank: int, message: bytes, like: dict[str, Any]) -> dict[str, Any]:
     try:
         handshake = json.loads(message)
-        if handshake.keys() == like.keys():
+        if isinstance(handshake, dict) and handshake.keys() == like.keys():
             return dict(handshake)
-    except (ValueError, AttributeError):
+    except ValueError:
         pass
     raise ValueError(
         f"rank {rank} sent an invalid handshake; check that all ranks run the same version"
@@ -197,7 +204,8 @@ def _check_alike(rank: int, handshake: dict[str, Any], of_rank0: dict[str, Any])
             here, there = here.get(name), there.get(name)
             name = f"--{name.replace('_', '-')}"
         raise ValueError(
-            f"rank {rank} differs from rank 0 in {name}: {here} on rank 0, {there} on rank {rank}{hint}"
+            f"rank {rank} differs from rank 0 in {name}: "
+            f"{here} on rank 0, {there} on rank {rank}{hint}"
         )
 
 
@@ -234,9 +242,9 @@ def _choose_backend(
 
 def common_fields(config: Config) -> dict[str, Any]:
     """The fields of `config` that all ranks must have in common, by name."""
-    parts = config.to_dict()
+    parts: dict[str, Any] = config.to_dict()
     run = {name: value for name, value in parts["run"].items() if name not in MAY_DIFFER}
-    return {"preset": config.preset} | parts["model"] | parts["data"] | parts["recipe"] | run
+    return dict(parts["model"] | parts["data"] | parts["recipe"] | run, preset=config.preset)
 
 
 def _first_line(error: BaseException) -> str:
