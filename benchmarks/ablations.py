@@ -29,8 +29,8 @@ from alexnet_mp.cli import parser
 from alexnet_mp.cli.process import printing_json, run_main
 from alexnet_mp.config import Config
 from alexnet_mp.config.arguments import EvaluateRequest, Networks
-from alexnet_mp.inference.ensemble import evaluate_checkpoints
-from alexnet_mp.inference.run_pictures import read_config, read_history
+from alexnet_mp.inference.evaluate import evaluate_checkpoints
+from alexnet_mp.inference.finished_run import read_config, read_history
 from alexnet_mp.plotting.curves import compare_curves, epochs_to
 from alexnet_mp.training.run import run
 from alexnet_mp.training.trainer import NonFiniteError, Trainer

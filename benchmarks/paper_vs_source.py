@@ -34,7 +34,8 @@ from alexnet_mp.data import Splits, Store, build_loaders, load
 from alexnet_mp.ops import cpu_kernels
 from alexnet_mp.parallel.devices import choose_device, set_threads
 from alexnet_mp.parallel.launcher import Environment
-from alexnet_mp.plotting.curves import moving_average, saved
+from alexnet_mp.plotting.curves import moving_average
+from alexnet_mp.plotting.page import save_figure
 from alexnet_mp.training.schedule import build_schedule
 from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.trainer import NonFiniteError
@@ -251,7 +252,7 @@ def draw(rows: list[dict[str, Any]], classes: int, path: str) -> None:
         axes.legend(
             fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False
         )  # below: curves fill the panel
-    saved(figure, path)
+    save_figure(figure, path)
 
 
 def trained(request: ReadingsRequest) -> Iterator[dict[str, Any]]:

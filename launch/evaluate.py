@@ -16,7 +16,7 @@ signal.signal(
 
 from alexnet_mp.cli.parser import parse_evaluate  # noqa: E402
 from alexnet_mp.cli.process import printing_json, run_main  # noqa: E402
-from alexnet_mp.inference.ensemble import evaluate_checkpoints  # noqa: E402
+from alexnet_mp.inference.evaluate import evaluate_checkpoints  # noqa: E402
 
 
 def main() -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 from alexnet_mp.cli import parser
 from alexnet_mp.cli.process import printing_json, run_main
 from alexnet_mp.config.arguments import FiguresRequest
-from alexnet_mp.inference.run_pictures import FinishedRun, draw
+from alexnet_mp.inference.finished_run import FinishedRun
+from alexnet_mp.inference.run_pictures import draw
 from alexnet_mp.parallel.devices import choose_device, set_threads
 from alexnet_mp.parallel.launcher import Environment
 
@@ -31,7 +32,7 @@ def main() -> int:
     set_threads(request.threads, Environment(), device)
     facts = {}
     with printing_json(request.json) as write:
-        run = FinishedRun(request.run, device, request.data_dir, progress=True)
+        run = FinishedRun(request.run, device, request.data_dir, show_progress=True)
         for picture in draw(
             run,
             Path(request.out or request.run),

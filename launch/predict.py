@@ -16,7 +16,7 @@ signal.signal(
 
 from alexnet_mp.cli.parser import is_main_process, parse_predict  # noqa: E402
 from alexnet_mp.cli.process import fail, printing_json, run_main  # noqa: E402
-from alexnet_mp.inference.ensemble import predict_files  # noqa: E402
+from alexnet_mp.inference.predict import predict_files  # noqa: E402
 
 
 def main() -> int:

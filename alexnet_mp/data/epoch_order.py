@@ -1,4 +1,4 @@
-"""The order in which an epoch takes the images, a function of seed and epoch alone, and what a disk is told of it."""
+"""Orders the images of an epoch, by seed and epoch alone, and announces to the system what is read next."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from alexnet_mp.data.shard_arrays import stored_bytes
 from alexnet_mp.data.store import Store
 
 BLOCK_SIZE = 64
-"""Images of a block, which lie behind each other in the store: 12.6 MB at 256 pixels, a tenth of a second of a spinning disk."""
+"""Images of a block, neighbors in the store: 12.6 MB at 256 pixels, a tenth of a second of a spinning disk."""
 SHUFFLE_WINDOW = 128
-"""Blocks whose images are mixed: 8,192 images, 1.6 GB at 256 pixels. Two windows at a time should fit into memory."""
+"""Blocks whose images are mixed: 8,192 images, 1.6 GB at 256 pixels. Two windows should fit into memory."""
 
 
 def full_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Any order of `count` images, all equally likely."""
+    """int64 (count,): any order of `count` images, all equally likely."""
     return np.random.default_rng(combine(seed, "order", epoch)).permutation(count)
 
 
 def block_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Blocks of TOGETHER images in any order, and within WINDOW of these, one after another, all images in any order.
+    """int64 (count,): blocks of BLOCK_SIZE images in any order, mixed within each SHUFFLE_WINDOW of them.
 
-    A disk reads a block at once and a window one time. What is far apart in the order may not be near in the store; a store that
-    is sorted by class gives batches of all of a window's classes, at most 128, not of all there are.
+    Reads are sequential within a block; each window is read once. Images that lie far apart in the store are seldom in one
+    window: a store that is sorted by class gives batches of a window's classes, at most 128, not of all classes.
     """
     rng = np.random.default_rng(combine(seed, "blocks", epoch))
     windows = [
@@ -37,6 +37,7 @@ def block_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _windows(count: int, rng: np.random.Generator) -> Iterator[list[tuple[int, int]]]:
+    """The first and last number plus 1 of each block, window by window."""
     starts = rng.permutation(np.arange(0, count, BLOCK_SIZE)).tolist()
     for first in range(0, len(starts), SHUFFLE_WINDOW):
         yield [
@@ -46,21 +47,21 @@ def _windows(count: int, rng: np.random.Generator) -> Iterator[list[tuple[int, i
 
 
 class ReadAhead:
-    """Tells the system which parts of a memory-mapped store come next, while they are still a window away."""
+    """Announces to the system which parts of a memory-mapped store are read next, a window ahead."""
 
     def __init__(self, store: Store, order: np.ndarray) -> None:
-        self.store, self.order, self.told = store, order, 0
+        self.store, self.order, self.announced = store, order, 0
 
     def reach(self, position: int) -> None:
-        """The images up to `order[position]` are taken now; announces those of this window and the next one."""
+        """Announces the images of the window of `order[position]`, which is read now, and of the next one."""
         images = BLOCK_SIZE * SHUFFLE_WINDOW
         until = (position // images + 2) * images
-        while self.told < min(until, len(self.order)):
-            # From one thing that is known, the window's images, back to runs of neighbors, in the order of the disk.
-            numbers = np.sort(self.order[self.told : self.told + images])
+        while self.announced < min(until, len(self.order)):
+            # Sorted, the window's images are runs of neighbors again, in the order of the disk.
+            numbers = np.sort(self.order[self.announced : self.announced + images])
             for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
                 self._announce(run)
-            self.told += images
+            self.announced += images
 
     def _announce(self, run: np.ndarray) -> None:
         places = self.store.places[run]

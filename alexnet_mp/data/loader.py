@@ -1,4 +1,4 @@
-"""Batches of a store for one data rank, prepared ahead by a thread."""
+"""Gives the batches of a store to one data rank; a thread prepares them ahead."""
 
 from __future__ import annotations
 
@@ -17,33 +17,41 @@ from torch import Tensor
 
 from alexnet_mp.data.epoch_order import ReadAhead, block_order, full_order
 from alexnet_mp.data.shard_arrays import JpegShelf
-from alexnet_mp.data.store import Run, Store, resize
-from alexnet_mp.data.transforms import Augment, AugmentParams
+from alexnet_mp.data.store import ForEachRow, Store, resize
+from alexnet_mp.data.transforms import Augment
 
 PREFETCH = 2
-"""Batches that wait, prepared, for the one that is being trained on."""
-
-
-DONE = AugmentParams(*[torch.empty(0)] * 3, None)
-"""Stands for the choices of a batch that needs nothing more."""
+"""Batches that are prepared while another one is trained on."""
 
 
 class Batch(NamedTuple):
     """One rank's rows of a global batch; `for images, labels, *_ in loader` works too."""
 
-    images: Tensor  # float32 (N, 3, S, S), uint8 if raw, on the device; N is 0 where a short last batch has no row for this rank
-    labels: Tensor  # int64 (N,), on the device
-    first_row: int  # of this rank's rows in the global batch
-    rows: int  # of the global batch
+    images: Tensor
+    """float32 (N, 3, S, S), uint8 if raw, on the device; N is 0 where a short last batch has no row for this rank."""
+    labels: Tensor
+    """int64 (N,), on the device."""
+    first_row: int
+    """The number of this rank's first row in the global batch."""
+    rows: int
+    """Rows of the global batch."""
+
+
+class _Prepared(NamedTuple):
+    """A batch on the CPU, and what is still to be done with its images on the device."""
+
+    images: Tensor
+    labels: Tensor
+    finish: Callable[[Tensor], Tensor]
+    first_row: int
+    rows: int
 
 
 class Loader:
     """Iterates over one epoch's batches, the short last one included; every image comes once, on one data rank.
 
-    In training the order is a permutation and every batch is augmented, both functions of seed and epoch alone: neither the
-    number of ranks, nor a resume, nor the threads can change them. Otherwise: stored order and center crops, or `raw` images, of
-    the augmentation's side, for whoever takes views of them. `workers`: threads that prepare a batch together; 0: one, or as many
-    as torch has where the store's images are JPEGs.
+    In training the order is a permutation and every batch is augmented. Both are functions of seed and epoch alone: neither
+    the number of ranks, nor a resume, nor threads change them. Otherwise images come in stored order, as center crops.
     """
 
     def __init__(
@@ -59,17 +67,17 @@ class Loader:
         raw: bool = False,
         workers: int = 0,
     ) -> None:
-        self.raw, self.buffers = raw, Buffers()
+        """`batch_size` counts the rows of all `data_ranks` together; `seed` is that of order and augmentation.
+
+        `raw`: uint8 images at the augmentation's side, from which the caller takes views; not with `train`.
+        `workers`: threads that prepare one batch together; 0: one, or as many as torch has if the images are JPEGs.
+        """
+        self.store, self.augment, self.batch_size = store, augment, batch_size
+        self.seed, self.training, self.raw = seed, train, raw
+        self.data_rank, self.data_ranks, self.device = data_rank, data_ranks, torch.device(device)
         decodes = any(isinstance(shelf, JpegShelf) for shelf in store.shelves)
         self.workers = workers or (torch.get_num_threads() if decodes else 1)
-        self.store, self.augment, self.batch_size, self.seed, self.training = (
-            store,
-            augment,
-            batch_size,
-            seed,
-            train,
-        )
-        self.data_rank, self.data_ranks, self.device = data_rank, data_ranks, torch.device(device)
+        self.buffers = Buffers()
         self.epoch = self.skip = 0
 
     def __len__(self) -> int:
@@ -77,15 +85,15 @@ class Loader:
 
     @property
     def images(self) -> int:
-        """How many images an epoch has, over all ranks."""
+        """Images of an epoch, over all ranks."""
         return len(self.store)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """The next iterations are of this epoch, without its first `skip` batches."""
+        """Makes the next iterations those of `epoch`, without its first `skip` batches."""
         self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[Batch]:
-        ready: queue.Queue[Any] = queue.Queue(PREFETCH)
+        ready: queue.Queue[_Prepared | BaseException | None] = queue.Queue(PREFETCH)
         stop = threading.Event()
         thread = threading.Thread(
             target=self._work, args=(ready, stop, self.epoch, self.skip), name="loader", daemon=True
@@ -102,37 +110,35 @@ class Loader:
             while (prepared := ready.get()) is not None:
                 if isinstance(prepared, BaseException):
                     raise prepared
-                yield self._finish(*prepared)
+                yield self._finish(prepared)
         finally:
             end()
             atexit.unregister(end)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The images' numbers in the order in which `epoch` takes them."""
+        """int64 (images,): the numbers of the images in the order of `epoch`."""
         if not self.training:
             return np.arange(len(self.store))
-        return (block_order if self.augment.config.shuffle == "blocks" else full_order)(
-            len(self.store), self.seed, epoch
-        )
+        shuffle = block_order if self._in_blocks else full_order
+        return shuffle(len(self.store), self.seed, epoch)
+
+    @property
+    def _in_blocks(self) -> bool:
+        return self.training and self.augment.config.shuffle == "blocks"
 
     def _work(self, ready: queue.Queue[Any], stop: threading.Event, epoch: int, skip: int) -> None:
-        """The thread: NumPy copies and small draws, nothing that would start torch's threads beside the trainer's own."""
+        """Runs in the thread: NumPy copies and small draws, nothing that starts torch's threads beside the trainer's."""
         try:
-            if (
-                self.device.type == "cuda"
-            ):  # the current device is the thread's own; pinning on another would open a context there
+            if self.device.type == "cuda":
+                # Each thread has its own current device; pinning on another one would open a context there.
                 torch.cuda.set_device(self.device)
             order = self.order(epoch)
-            ahead = (
-                ReadAhead(self.store, order)
-                if self.training and self.augment.config.shuffle == "blocks"
-                else None
-            )
-            with _threads(self.workers) as run:
+            ahead = ReadAhead(self.store, order) if self._in_blocks else None
+            with _row_threads(self.workers) as for_each_row:
                 for number in range(skip, len(self)):
                     if ahead:
                         ahead.reach(number * self.batch_size)
-                    _put(ready, self._prepare(order, epoch, number, run), stop)
+                    _put(ready, self._prepare(order, epoch, number, for_each_row), stop)
                     if stop.is_set():
                         return
             _put(ready, None, stop)
@@ -140,65 +146,63 @@ class Loader:
             _put(ready, error, stop)
 
     def _prepare(
-        self, order: np.ndarray, epoch: int, number: int, run: Run
-    ) -> tuple[Tensor, Tensor, AugmentParams | None, int, int]:
-        """This rank's images and labels of batch `number`, on the CPU, and what is still to be done with them."""
+        self, order: np.ndarray, epoch: int, number: int, for_each_row: ForEachRow
+    ) -> _Prepared:
+        """This rank's part of batch `number` of `epoch`."""
         indices = order[number * self.batch_size : (number + 1) * self.batch_size]
         rows, augment = len(indices), self.augment
         first, last = (rows * (self.data_rank + k) // self.data_ranks for k in (0, 1))
-        draw = (
-            augment.draw(self.seed, epoch, number, rows).rows(first, last)
-            if self.training
-            else None
-        )
         mine = indices[first:last]
         labels = torch.from_numpy(self.store.labels[mine])
-        on_gpu = self.device.type == "cuda"
-        if self.device.type == "cpu" and not self.raw and augment.side in self.store.sides:
-            draw, target = (
-                draw or augment.center(len(mine)),
-                self.buffers.take(len(mine), (3, augment.size, augment.size)),
-            )
-            return (
-                augment.on_cpu(
-                    lambda row: self.store.image(mine[row], augment.side), draw, target, run
-                ),
-                labels,
-                DONE,
-                first,
-                rows,
-            )
-        images = self.store.gather(
-            mine, augment.side if len(self.store.sides) > 1 else None, pinned=on_gpu, run=run
-        )
-        return images, labels.pin_memory() if on_gpu else labels, draw, first, rows
+        params = None
+        if self.training:
+            params = augment.draw(self.seed, epoch, number, rows).rows(first, last)
 
-    def _finish(
-        self, images: Tensor, labels: Tensor, draw: AugmentParams | None, first: int, rows: int
-    ) -> Batch:
-        """The device's part, in the consumer's thread: on its stream, and with its threads."""
-        images, labels = (values.to(self.device, non_blocking=True) for values in (images, labels))
-        if draw is None:
-            images = resize(images, self.augment.side) if self.raw else self.augment.test(images)
-        elif draw is not DONE:
-            images = self.augment.train(images, draw)
-        return Batch(images, labels, first, rows)
+        if self.device.type == "cpu" and not self.raw and augment.side in self.store.sides:
+            images = augment.on_cpu(
+                lambda row: self.store.image(mine[row], augment.side),
+                params or augment.center(len(mine)),
+                self.buffers.take(len(mine), (3, augment.size, augment.size)),
+                for_each_row,
+            )
+            return _Prepared(images, labels, lambda images: images, first, rows)
+
+        pinned = self.device.type == "cuda"
+        side = augment.side if len(self.store.sides) > 1 else None
+        images = self.store.gather(mine, side, pinned=pinned, for_each_row=for_each_row)
+        if pinned:
+            labels = labels.pin_memory()
+        if self.raw:
+            return _Prepared(
+                images, labels, lambda images: resize(images, augment.side), first, rows
+            )
+        if params is None:
+            return _Prepared(images, labels, augment.test, first, rows)
+        drawn = params
+        return _Prepared(images, labels, lambda images: augment.train(images, drawn), first, rows)
+
+    def _finish(self, prepared: _Prepared) -> Batch:
+        """Does the device's part in the consumer's thread: on its stream, and with its threads."""
+        images = prepared.finish(prepared.images.to(self.device, non_blocking=True))
+        labels = prepared.labels.to(self.device, non_blocking=True)
+        return Batch(images, labels, prepared.first_row, prepared.rows)
 
 
 class Buffers:
-    """Memory of batches that nobody holds any more: for new memory the system would have to clear pages, half of a batch's time."""
+    """Reuses the memory of batches that nobody holds any more.
+
+    For new memory the system has to clear pages, which takes half of a batch's time.
+    """
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
         probe = [np.empty(1)]
         self.free = sys.getrefcount(probe[0])
-        self.counted = getattr(
-            sys, "_is_gil_enabled", lambda: True
-        )()  # without the lock, counts of references are not exact
+        # Without the interpreter's lock, counts of references are not exact.
+        self.counted = getattr(sys, "_is_gil_enabled", lambda: True)()
 
     def take(self, rows: int, shape: tuple[int, ...]) -> Tensor:
-        """float32 (rows, *shape), its values arbitrary. A tensor of it, or a view of one, keeps its memory from being taken again."""
-        array = None
+        """float32 (rows, *shape) with arbitrary values. A tensor or view of it keeps its memory from being taken again."""
         for k in range(len(self.arrays)):
             if (
                 sys.getrefcount(self.arrays[k]) == self.free
@@ -206,35 +210,34 @@ class Buffers:
                 and len(self.arrays[k]) >= rows
                 and self.arrays[k].shape[1:] == shape
             ):
-                array = self.arrays[k]
-                break
-        if array is None:
-            array = np.empty((rows, *shape), np.float32)
-            # Beyond these the consumer keeps its batches, and what it keeps need not be remembered.
-            self.arrays = [*self.arrays[-PREFETCH - 2 :], array]
+                return torch.from_numpy(self.arrays[k][:rows])
+        array = np.empty((rows, *shape), np.float32)
+        # Keep only the newest buffers; older batches still belong to the consumer.
+        self.arrays = [*self.arrays[-PREFETCH - 2 :], array]
         return torch.from_numpy(array[:rows])
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[Run]:
-    """What calls a function of a row for every row, on `count` threads."""
+def _row_threads(count: int) -> Iterator[ForEachRow]:
+    """A function that calls another one for each row, on `count` threads."""
     if count == 1:
         yield map
         return
     with ThreadPoolExecutor(count, thread_name_prefix="loader") as pool:
 
-        def run(work: Callable[[int], None], rows: Iterable[int]) -> Iterator[None]:
-            rows = list(rows)
-            yield from pool.map(
-                lambda part: [None for row in part if work(row)],
-                (rows[k::count] for k in range(count)),
-            )
+        def for_each_row(work: Callable[[int], None], rows: Iterable[int]) -> Iterator[None]:
+            def do(part: list[int]) -> None:
+                for row in part:
+                    work(row)
 
-        yield run
+            numbers = list(rows)
+            yield from pool.map(do, (numbers[k::count] for k in range(count)))
+
+        yield for_each_row
 
 
 def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> None:
-    """Waits for room, but not longer than somebody wants what comes."""
+    """Waits for room in the queue, but not longer than somebody wants the item."""
     while not stop.is_set():
         with contextlib.suppress(queue.Full):
             ready.put(item, timeout=0.05)

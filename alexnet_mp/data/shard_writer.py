@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import shutil
 import warnings
@@ -281,7 +280,7 @@ def _finish(
         contents.add(note["entry"], order, [listing.labels[row] for row in kept], ends)
         names += [listing.name(kept[k]) for k in order]
         if with_sums:
-            sums.merge(Sums.read(io.BytesIO(_note(path, number, ".npz").read_bytes())))
+            sums.merge(Sums.from_bytes(_note(path, number, ".npz").read_bytes()))
     own = {"paths.json": (json.dumps(names, indent=0) + "\n").encode()}
     more: dict[str, Any] = {
         "encode": packing.encode,

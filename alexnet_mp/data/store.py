@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -59,7 +58,8 @@ def resize(images: Tensor, side: int) -> Tensor:
     )
 
 
-Run = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+ForEachRow = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+"""Calls a function for each row, like `map`, perhaps on several threads; its result is to be iterated to the end."""
 
 
 class Store:
@@ -123,7 +123,7 @@ class Store:
         side: int | None = None,
         *,
         pinned: bool = False,
-        run: Run = map,
+        for_each_row: ForEachRow = map,
     ) -> Tensor:
         """uint8 (N, 3, side, side), on the CPU; None: the images' own side, ValueError where they have several.
 
@@ -145,7 +145,7 @@ class Store:
             else:
                 others[row] = image
 
-        for _ in run(copy, range(len(indices))):
+        for _ in for_each_row(copy, range(len(indices))):
             pass
         for own in {image.shape[-1] for image in others.values()}:
             rows = sorted(row for row, image in others.items() if image.shape[-1] == own)
@@ -231,7 +231,7 @@ class Store:
         ):  # missing or damaged: measuring mends it
             content = (self.path / "sums.npz").read_bytes()
             if zlib.crc32(content) == read_header(self.path)["checksums"]["sums.npz"]:
-                sums = Sums.read(io.BytesIO(content))
+                sums = Sums.from_bytes(content)
                 return sums if sums.count == sum(map(len, self.shelves)) else None
         return None
 

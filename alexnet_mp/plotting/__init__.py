@@ -1,1 +1,4 @@
-"""Pictures from arrays and records. Imports no other room. Start with `curves.py`."""
+"""Pictures from arrays and records, each written as a PNG file. Imports no other room.
+
+Start with `curves.py`; `kernels.py` and `predictions.py` draw the figures 3 and 4 of the paper.
+"""

@@ -1,4 +1,4 @@
-"""What a run that goes wrong quietly looks like, said once: a loss that stays at a guess's, a column that no gradient reaches."""
+"""One-time hints about silent failures of our own networks: loss stuck at ln(classes), layers without gradient."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from alexnet_mp.model.alexnet import AlexNet
 
 NEAR_A_GUESS = 0.005
 """How near the loss is to ln(classes), relatively, where nothing has been learned."""
+FEW_CORRECT = 1.5
+"""Times the share of right answers that guessing gives: a network with more has learned something."""
 
 
 class Diagnostics:
-    """Watches the epochs of one run."""
+    """Watches the epochs of one run. Says nothing about modules other than AlexNet.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    `command_line`: the hints name the flags of the command line.
+    """
+
+    def __init__(self, model: nn.Module, command_line: bool = False) -> None:
+        self.is_ours, self.command_line = isinstance(model, AlexNet), command_line
         self.said: set[str] = set()
         self.classes = 0
         self._largest: tuple[list[str], Tensor] | None = None
 
     def record(self, names: list[str], norms: Tensor, classes: int) -> None:
-        """The gradients' norms of one step, by parameter, which stay on their device, and the number of logits."""
+        """The norms of one step's gradients, by parameter, which stay on their device, and the number of logits."""
         self.classes = classes
-        if not isinstance(self.model, AlexNet) or len(names) != len(norms):
+        if not self.is_ours or len(names) != len(norms):
             return
         if self._largest is None or self._largest[0] != names:
             self._largest = (names, norms)
@@ -33,41 +38,51 @@ class Diagnostics:
             self._largest = (names, torch.maximum(self._largest[1], norms))
 
     def dead_layers(self) -> dict[int, list[str]]:
-        """Column here -> its layers whose parameters all had a zero gradient in every step since the last call: their units are all dead."""
+        """Column here -> its layers whose parameters all had a zero gradient in every step since the last call.
+
+        All units of such a layer are dead. Parameters that do not lie in `columns.<i>.<layer>` are passed over.
+        """
         if self._largest is None:
             return {}
         (names, norms), self._largest = self._largest, None
         reached: dict[tuple[int, str], bool] = {}
         for name, norm in zip(names, norms.tolist(), strict=True):
-            _, column, layer, _ = name.split(".")
-            reached[int(column), layer] = reached.get((int(column), layer), False) or norm != 0
+            root, *place = name.split(".")
+            if root == "columns" and len(place) > 2 and place[0].isdigit():
+                key = (int(place[0]), place[1])
+                reached[key] = reached.get(key, False) or norm != 0
         dead: dict[int, list[str]] = {}
         for (column, layer), alive in reached.items():
             if not alive:
                 dead.setdefault(column, []).append(layer)
         return dead
 
-    def after_epoch(self, epoch: int, loss: float, dead: dict[int, list[str]]) -> list[str]:
-        """Lines to print: `loss` is the training loss of `epoch`, `dead` the dead layers of all columns."""
-        lines, classes = [], self.classes
-        guess = math.log(classes) if classes > 1 else 0.0
-        if guess and abs(loss - guess) <= NEAR_A_GUESS * guess:
-            lines.append(
-                (
-                    "guess",
-                    f"hint: the training loss of epoch {epoch} is {loss:.4f}, which guessing among {classes} classes gives too "
-                    f"(ln {classes} = {guess:.4f}): nothing has been learned yet. Should it stay there: another --lr, larger "
-                    "--initial-weights (he), labels that fit the images",
-                )
+    def after_epoch(
+        self, epoch: int, loss: float, top1: float, dead: dict[int, list[str]]
+    ) -> list[str]:
+        """Lines to print. `loss` and `top1` are those of training in `epoch`, `dead` the dead layers of all columns."""
+        classes = self.classes
+        if not self.is_ours or classes < 2:  # one class alone has no gradient anywhere
+            return []
+        lines = {}
+        guess = math.log(classes)
+        if abs(loss - guess) <= NEAR_A_GUESS * guess and top1 < FEW_CORRECT / classes:
+            lines["guess"] = (
+                f"hint: the training loss of epoch {epoch} is {loss:.4f}, which guessing among {classes} "
+                f"classes gives too (ln {classes} = {guess:.4f}): nothing has been learned yet. If it stays "
+                f"there, try another learning rate{self._flag('--lr')} or larger initial "
+                f"weights{self._flag('--initial-weights he')}, and see whether the labels fit the images"
             )
-        lines += [
-            (
-                f"column {column}",
-                f"hint: column {column} is dead in {', '.join(layers)}: no gradient reached a weight there in epoch {epoch}, "
-                "as its units are all zero; a lower --lr, another --seed or positive --initial-biases keep units alive",
+        for column, layers in sorted(dead.items()):
+            lines[f"column {column}"] = (
+                f"hint: column {column} is dead in {', '.join(layers)}: no gradient reached a weight there "
+                f"in epoch {epoch}, as its units are all zero; a lower learning rate{self._flag('--lr')}, "
+                f"another seed{self._flag('--seed')} or positive initial "
+                f"biases{self._flag('--initial-biases')} keep units alive"
             )
-            for column, layers in sorted(dead.items())
-        ]
-        new = [(key, line) for key, line in lines if key not in self.said]
-        self.said |= {key for key, _ in new}
-        return [line for _, line in new]
+        new = {key: line for key, line in lines.items() if key not in self.said}
+        self.said |= set(new)
+        return list(new.values())
+
+    def _flag(self, flag: str) -> str:
+        return f" ({flag})" if self.command_line else ""

@@ -1,124 +1,193 @@
-"""Batches that a network cannot take, refused before the first step: later they are an index error, on CUDA an assert that ends the context."""
+"""Refuses batches that a network cannot take, before the first step.
+
+Later such a batch is an index error, and on CUDA an assertion that ends the context. Only what a loader gives is judged,
+batch by batch; the data set behind it may be changed on the way by samplers, transforms and collate functions.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from alexnet_mp.data import Splits
-from alexnet_mp.model.alexnet import PAPER_CLASSES, AlexNet
+from alexnet_mp.data import Splits, Store
+from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.parallel.context import ParallelContext
+
+WANTED = "(images, labels) is needed"
+
+
+def unpack_batch(batch: Any, loader: str) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch (images, labels, ...).
+
+    Labels come as class numbers, int64 (N,), or as class probabilities, floating point (N, classes). ValueError, with the
+    name of the `loader`, where the batch is something else.
+    """
+    if isinstance(batch, Mapping):
+        keys = ", ".join(repr(key) for key in list(batch)[:8])
+        raise ValueError(
+            f"the {loader} loader gives a {type(batch).__name__} with the keys {keys}; {WANTED}: "
+            "let its collate_fn return the two tensors"
+        )
+    if isinstance(batch, Tensor | np.ndarray | str):  # whose first two rows are no batch
+        raise ValueError(f"the {loader} loader gives a {type(batch).__name__}; {WANTED}")
+    try:
+        images, labels = batch[0], batch[1]
+    except (TypeError, IndexError, KeyError, AttributeError):
+        found = type(batch).__name__
+        found += f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise ValueError(f"the {loader} loader gives a {found}; {WANTED}") from None
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"the {loader} loader gives images as {type(images).__name__}; one tensor is needed: "
+            "torchvision's ToTensor makes tensors of images, and a collate_fn stacks them"
+        )
+    if not isinstance(labels, Tensor):
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"the {loader} loader gives labels as {type(labels).__name__}; a tensor is needed"
+            ) from None
+    if images.ndim == 0 or labels.ndim not in (1, 2) or labels.dtype == torch.bool:
+        raise ValueError(f"the {loader} loader's labels are {_labels_text(labels)}")
+    if len(images) != len(labels):
+        raise ValueError(
+            f"the {loader} loader gives {len(images)} images with {len(labels)} labels"
+        )
+    if labels.ndim == 1:
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"the {loader} loader's labels are {_labels_text(labels)}")
+        return images, labels.long()
+    return images, labels if labels.is_floating_point() else labels.float()
+
+
+def _labels_text(labels: Tensor) -> str:
+    return (
+        f"{labels.dtype} of shape {tuple(labels.shape)}; class numbers, one whole number for each image, "
+        "or class probabilities of shape (images, classes) are needed"
+    )
+
+
+def check_labels(labels: Tensor, classes: int, loader: str, criterion: Any = None) -> None:
+    """ValueError where unpacked labels do not fit `classes` logits.
+
+    Class numbers are looked at on the CPU only: elsewhere that would wait for the device. The number that `criterion`
+    ignores is none.
+    """
+    if labels.ndim == 2:
+        if labels.shape[1] != classes:
+            raise ValueError(
+                f"the {loader} loader's labels are of shape {tuple(labels.shape)}, but the network has "
+                f"{classes} classes: class numbers (images,) or probabilities (images, {classes}) are needed"
+            )
+        return
+    if labels.device.type != "cpu" or not len(labels):
+        return
+    ignored = getattr(criterion, "ignore_index", None)
+    lowest, highest = int(labels.min()), int(labels.max())
+    if ignored is not None and (lowest < 0 or highest >= classes):
+        labels = labels[labels != ignored]
+        if not len(labels):
+            return
+        lowest, highest = int(labels.min()), int(labels.max())
+    check_range(lowest, highest, classes, loader)
+
+
+def check_range(lowest: int, highest: int, classes: int, loader: str) -> None:
+    """ValueError where labels from `lowest` to `highest` are not within 0 and `classes` - 1."""
+    if lowest < 0:
+        raise ValueError(
+            f"the {loader} loader has a label {lowest}: classes are numbered from 0 to {classes - 1}"
+        )
+    if highest >= classes:
+        raise ValueError(
+            f"the {loader} loader has labels from {lowest} to {highest}, but the network has {classes} "
+            f"classes, 0 to {classes - 1}: make it with {highest + 1} classes (--classes "
+            f"{highest + 1}), or number the classes from 0"
+        )
 
 
 def known_classes(model: nn.Module) -> int | None:
-    """How many logits `model` gives, where that is known without running it."""
-    return (model.config.classes or PAPER_CLASSES) if isinstance(model, AlexNet) else None
+    """How many logits `model` gives, where that can be told without running it."""
+    network = our_network(model)
+    if network is None:
+        return None
+    classes = {
+        head.out_features if type(head) is nn.Linear else None
+        for head in (getattr(column, "fc8", None) for column in network.columns.values())
+    }
+    return classes.pop() if len(classes) == 1 else None
 
 
-def check_loader(loader: Any, name: str, model: nn.Module) -> None:
-    """Looks at what `loader` will give, as far as that can be told beforehand. ValueError names the loader and what is wrong."""
-    classes = known_classes(model)
-    if classes is None:
+def our_network(model: nn.Module) -> AlexNet | None:
+    """`model`, if it is an AlexNet whose input is its own, not changed by a subclass or a hook."""
+    if not isinstance(model, AlexNet) or model._forward_pre_hooks:
+        return None
+    is_ours = getattr(model.forward, "__module__", "").startswith("alexnet_mp.")
+    return model if is_ours else None
+
+
+def check_images(images: Tensor, loader: str, model: nn.Module) -> None:
+    """ValueError where images are not what our own network takes: floating point (N, 3, S, S)."""
+    network = our_network(model)
+    if network is None:
         return
-    labels = labels_of(loader)
-    if labels is not None and len(labels):
-        check_range(int(labels.min()), int(labels.max()), classes, name)
-    sample = _first_item(loader)
-    if sample is not None:
-        check_batch(sample[0][None], torch.as_tensor(sample[1]).reshape(1), name, model)
-
-
-def labels_of(loader: Any) -> np.ndarray | None:
-    """All labels that `loader` will give, where its store or data set has them in one place."""
-    dataset = getattr(loader, "dataset", None)
-    tensors = getattr(dataset, "tensors", ())
-    found = getattr(getattr(loader, "store", None), "labels", None)
-    if found is None:
-        found = tensors[1] if len(tensors) > 1 else getattr(dataset, "targets", None)
-    try:
-        labels = None if found is None else np.asarray(found)
-    except (TypeError, ValueError):
-        return None
-    return labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" else None
-
-
-def _first_item(loader: Any) -> Any:
-    """The data set's first (image, label), which costs no worker; drawing it leaves all random streams as they were."""
-    dataset = getattr(loader, "dataset", None)
-    if (
-        not isinstance(loader, torch.utils.data.DataLoader)
-        or isinstance(dataset, torch.utils.data.IterableDataset)
-        or not len(dataset)
-    ):
-        return None
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            item = dataset[0]
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-    usable = (
-        isinstance(item, Sequence)
-        and len(item) > 1
-        and isinstance(item[0], Tensor)
-        and isinstance(item[1], int | Tensor | np.integer)
-    )
-    return item if usable and (not isinstance(item[1], Tensor) or item[1].ndim == 0) else None
-
-
-def check_batch(images: Tensor, labels: Tensor, name: str, model: nn.Module) -> None:
-    """ValueError where a batch is not (N, 3, S, S) images and N labels. A label's range is looked at on the CPU only: elsewhere it would wait."""
-    if len(images) != len(labels):
-        raise ValueError(f"the {name} loader gives {len(images)} images with {len(labels)} labels")
-    if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+    side = network.config.image_size
+    if images.ndim != 4 or images.shape[1] != 3:
+        channels = images.shape[1] if images.ndim == 4 else 0
+        hint = {1: "; repeat a gray channel three times", 4: "; leave out the alpha channel"}
         raise ValueError(
-            f"the {name} loader's labels are {labels.dtype} of shape {tuple(labels.shape)}; class numbers, one whole number "
-            "for each image, are needed"
+            f"the {loader} loader's images are {tuple(images.shape)}, not (images, 3 channels, {side}, "
+            f"{side}){hint.get(channels, '')}"
         )
-    if isinstance(model, AlexNet):
-        side = model.config.image_size
-        if images.ndim != 4 or images.shape[1] != 3:
-            channels = images.shape[1] if images.ndim == 4 else None
-            hint = (
-                "; repeat a gray channel three times"
-                if channels == 1
-                else "; leave out the alpha channel"
-                if channels == 4
-                else ""
-            )
-            raise ValueError(
-                f"the {name} loader's images are {tuple(images.shape)}, not (images, 3 channels, {side}, {side}){hint}"
-            )
-        if tuple(images.shape[2:]) != (side, side):
-            raise ValueError(
-                f"the {name} loader's images are {images.shape[2]}x{images.shape[3]} pixels; this network takes {side}x{side} "
-                "(--image-size, or resize them)"
-            )
-        if not images.dtype.is_floating_point:
-            raise ValueError(
-                f"the {name} loader's images are {images.dtype}; floating point is needed (torchvision's ToTensor, or .float())"
-            )
+    if tuple(images.shape[2:]) != (side, side):
+        raise ValueError(
+            f"the {loader} loader's images are {images.shape[2]}x{images.shape[3]} pixels; this network "
+            f"takes {side}x{side}: resize them, or make the network with another image size (--image-size)"
+        )
+    if not images.dtype.is_floating_point:
+        raise ValueError(
+            f"the {loader} loader's images are {images.dtype}; floating point is needed (torchvision's "
+            "ToTensor, or .float())"
+        )
+
+
+def check_batch(batch: Any, loader: str, model: nn.Module, criterion: Any = None) -> None:
+    """ValueError where `batch` is not one that `model` can take, as far as that can be told without running it."""
+    images, labels = unpack_batch(batch, loader)
+    if not len(images):
+        return
+    check_images(images, loader, model)
     classes = known_classes(model)
     if classes is not None:
-        check_labels(labels, classes, name)
+        check_labels(labels, classes, loader, criterion)
 
 
-def check_first(batch: Any, model: nn.Module, context: ParallelContext) -> None:
-    """The first batch of training: one that `model` can take, and the same on all ranks that share a network. ValueError, on all ranks alike."""
-    images, labels = batch[0], batch[1]
-    failure = None
+def check_first_batch(
+    batch: Any, model: nn.Module, context: ParallelContext, criterion: Any = None
+) -> None:
+    """The first batch of training: one that `model` can take, and the same on all ranks that share a network.
+
+    ValueError, on all ranks alike.
+    """
+    failure, shape, dtype, numbers = None, None, None, None
     try:
-        check_batch(images, labels, "training", model)
+        check_batch(batch, "training", model, criterion)
+        images, labels = unpack_batch(batch, "training")
+        shape, dtype, numbers = list(images.shape), str(images.dtype), labels.tolist()
     except ValueError as error:
         failure = str(error)
-    everywhere = context.gather((failure, list(images.shape), str(images.dtype), labels.tolist()))
+    everywhere = context.gather((failure, shape, dtype, numbers))
     for rank, (problem, *batch_there) in enumerate(everywhere):
         if problem:
             raise ValueError(problem)
@@ -126,9 +195,72 @@ def check_first(batch: Any, model: nn.Module, context: ParallelContext) -> None:
         expected = everywhere[first][1:]
         if batch_there != list(expected):
             raise ValueError(
-                f"rank {rank} was given another first batch than rank {first}, which holds other columns of the same network: "
-                f"images {batch_there[0]}, labels {batch_there[2][:8]} against {expected[0]}, {expected[2][:8]}"
+                f"rank {rank} was given another first batch than rank {first}, which holds other columns "
+                f"of the same network: images {batch_there[0]}, labels {batch_there[2][:8]} against "
+                f"{expected[0]}, {expected[2][:8]}"
             )
+
+
+def check_loader(
+    loader: Any,
+    name: str,
+    model: nn.Module,
+    context: ParallelContext,
+    criterion: Any = None,
+    peek: bool = False,
+) -> None:
+    """Looks at what `loader` will give, without taking anything from it.
+
+    Our own loaders have the labels of their store. `peek`: the first batch of a list, and of a DataLoader that can be
+    read again, is looked at now; all random streams stay as they were. Other loaders are judged by what they give.
+    ValueError, on all ranks alike, names the loader and what is wrong.
+    """
+    store, classes, first, failure = (
+        getattr(loader, "store", None),
+        known_classes(model),
+        None,
+        None,
+    )
+    if peek and length_of(loader):
+        if isinstance(loader, list | tuple):
+            first = loader[0]
+        elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            with random_streams_kept():
+                first = next(iter(loader))
+    try:
+        if length_of(loader) == 0:
+            raise ValueError(
+                f"the {name} loader has no batches: fewer images than a batch with drop_last, or none at all"
+            )
+        if isinstance(store, Store) and classes is not None and len(store.labels):
+            check_range(int(store.labels.min()), int(store.labels.max()), classes, name)
+        if first is not None:
+            check_batch(first, name, model, criterion)
+    except ValueError as error:
+        failure = str(error)
+    for problem in context.gather(failure):
+        if problem:
+            raise ValueError(problem)
+
+
+def length_of(loader: Any) -> int | None:
+    """The number of batches, where `loader` knows it: a DataLoader over an IterableDataset has a length that raises."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+@contextmanager
+def random_streams_kept() -> Iterator[None]:
+    """Within it the global random streams of Python, NumPy and torch may be drawn from; afterwards they are as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def check_alike(context: ParallelContext, splits: Splits) -> None:
@@ -137,8 +269,9 @@ def check_alike(context: ParallelContext, splits: Splits) -> None:
     for rank, theirs in enumerate(everywhere := context.gather(mine)):
         if theirs != everywhere[0]:
             raise ValueError(
-                f"rank {rank} has other data than rank 0: {theirs[0]} images of {theirs[1]} classes (digest {theirs[2]}), "
-                f"not {everywhere[0][0]} of {everywhere[0][1]} ({everywhere[0][2]}); do all hosts see the same --data-dir?"
+                f"rank {rank} has other data than rank 0: {theirs[0]} images of {theirs[1]} classes "
+                f"(digest {theirs[2]}), not {everywhere[0][0]} of {everywhere[0][1]} "
+                f"({everywhere[0][2]}); do all hosts see the same --data-dir?"
             )
 
 
@@ -150,20 +283,3 @@ def fingerprint(splits: Splits) -> tuple[list[int], int, str]:
         for index in np.linspace(0, max(len(store) - 1, 0), min(len(store), 8)).astype(int):
             digest.update(store.gather([index], max(store.sides)).numpy().tobytes())
     return [len(store) for store in stores], len(splits.train.classes), digest.hexdigest()
-
-
-def check_labels(labels: Tensor, classes: int, name: str) -> None:
-    """ValueError where a label on the CPU is not one of `classes`."""
-    if labels.device.type == "cpu" and len(labels):
-        check_range(int(labels.min()), int(labels.max()), classes, name)
-
-
-def check_range(lowest: int, highest: int, classes: int, name: str) -> None:
-    """ValueError where labels from `lowest` to `highest` are not within 0 and `classes` - 1."""
-    if lowest < 0 or highest >= classes:
-        raise ValueError(
-            f"the {name} loader has labels from {lowest} to {highest}, but the network has {classes} classes, 0 to {classes - 1}: "
-            f"set --classes {highest + 1}, or number the classes from 0"
-            if lowest >= 0
-            else f"the {name} loader has a label {lowest}: classes are numbered from 0 to {classes - 1}"
-        )

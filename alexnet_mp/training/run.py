@@ -147,9 +147,12 @@ class Run:
             precision=config.run.precision,
             seed=config.run.seed,
             max_steps=config.recipe.max_steps,
+            on_epoch=self._save,
+            on_save=self._save,
+            save_every=config.run.save_every,
+            restore_best_weights=False,  # they are in best.pt
+            command_line=True,
         )
-        self.trainer.on_epoch = self._save
-        self.trainer.save_every, self.trainer.on_save = config.run.save_every, self._save
         self.profiler = Profiler(optimizer, context) if config.run.profile else None
         if self.profiler:
             self.train_loader = self.profiler.watching(self.train_loader)
@@ -406,6 +409,7 @@ class Run:
         try:
             from alexnet_mp.plotting.curves import draw_curves
 
-            draw_curves(self.trainer.history, self.out / "curves.png")
+            classes = len(self.data["classes"])
+            draw_curves(self.trainer.history, self.out / "curves.png", 1, classes)
         except Exception as error:  # of any kind, matplotlib's import too: a picture must not cost the run its result
             self.print_rank0(f"curves.png could not be drawn: {error}")

@@ -1,7 +1,7 @@
 """When the learning rate falls, and when training stops.
 
-Every schedule has `advance(epoch)` (epochs count from 0; 1.5 is the middle of the second) and `end_epoch(validation_loss)`, and a `state_dict`.
-All ranks hold one each and feed it the same numbers, so they decide alike.
+Every schedule has `advance(epoch)` before each step (epochs count from 0; 1.5 is the middle of the second), `end_step()`,
+`end_epoch(validation_loss)`, and a `state_dict`. All ranks hold one each and feed it the same numbers, so they decide alike.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from alexnet_mp.config import RecipeConfig
 
-SCHEDULE_2012_EPOCHS = 90  # of which RecipeConfig.log_epochs are counted (paper, section 5)
+SCHEDULE_2012_EPOCHS = 90  # of which RecipeConfig.schedule_epochs are counted (paper, section 5)
 
 
 class EarlyStopping:
@@ -73,17 +73,56 @@ class LRSchedule:
     def advance(self, epoch: float) -> None:
         """Sets the rates for this point of training."""
 
+    def end_step(self) -> None:
+        """Called after each step of the optimizer."""
+
     def end_epoch(self, validation_loss: float) -> None:
-        """Learns how the epoch ended."""
+        """Called after each validation, with its loss."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Continues where `state_dict` was taken."""
 
 
-class Plateau(LRSchedule):
+class TorchSchedule(LRSchedule):
+    """Any scheduler of torch.optim.lr_scheduler, which takes a step at the end of each epoch.
+
+    ReduceLROnPlateau is given the validation loss. OneCycleLR and CyclicLR count steps of the optimizer, so they take one
+    after each of these; `every_step` says it of others (a LambdaLR, say, that was written so).
+    """
+
+    def __init__(
+        self, scheduler: LRScheduler | ReduceLROnPlateau, every_step: bool | None = None
+    ) -> None:
+        super().__init__(scheduler.optimizer)
+        self.scheduler = scheduler
+        by_step = isinstance(scheduler, OneCycleLR | CyclicLR)
+        self.every_step = by_step if every_step is None else every_step
+
+    def end_step(self) -> None:
+        if self.every_step and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+
+    def end_epoch(self, validation_loss: float) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(validation_loss)
+        elif not self.every_step:
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return self.scheduler.state_dict() | {"lr": rates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        for group, lr in zip(self.optimizer.param_groups, state.pop("lr"), strict=True):
+            group["lr"] = lr
+        self.scheduler.load_state_dict(state)
+
+
+class Plateau(TorchSchedule):
     """Divides the rate where the validation loss stops improving, as was done by hand in 2012 (paper, section 5).
 
     Biases that have a rate of their own keep it.
@@ -97,38 +136,23 @@ class Plateau(LRSchedule):
         min_lr: float = 1e-5,
         fixed_biases: bool = False,
     ) -> None:
-        super().__init__(optimizer)
         floors = [
             group["lr"]
             if fixed_biases and group.get("kind") == "bias"
             else min(min_lr, group["lr"])
             for group in optimizer.param_groups
         ]
-        self.plateau = ReduceLROnPlateau(
-            optimizer, "min", factor=factor, patience=patience, min_lr=floors
+        super().__init__(
+            ReduceLROnPlateau(optimizer, "min", factor=factor, patience=patience, min_lr=floors)
         )
-
-    def end_epoch(self, validation_loss: float) -> None:
-        self.plateau.step(validation_loss)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.plateau.state_dict() | {
-            "lr": [group["lr"] for group in self.optimizer.param_groups]
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        for group, lr in zip(self.optimizer.param_groups, state.pop("lr"), strict=True):
-            group["lr"] = lr
-        self.plateau.load_state_dict(state)
 
 
 class Schedule2012(LRSchedule):
     """The epochs at which a net's rates were changed by hand in 2012, from its log, scaled from 90 epochs to `epochs`.
 
-    `at` are the five of RecipeConfig.log_epochs (original-2012.md, section 4): the rate is divided by ten at the first, second and fifth. From the
-    third on conv1 learns at 1e-5 of 1e-2 and the color noise is gone, from the fourth on conv1 is frozen, its biases too; other biases keep
-    their rate.
+    `at` are the five of RecipeConfig.schedule_epochs: the rate is divided by ten at the first, second and fifth. From the third
+    on conv1 learns at 1e-5 of 1e-2 and the color noise is gone, from the fourth on conv1 is frozen, its biases too; other biases
+    keep their rate. Source: the log in LP145 (config/presets.py names the files).
     """
 
     def __init__(
@@ -188,6 +212,24 @@ def last_reached(steps: tuple[tuple[float, float], ...], at: float, before: floa
     """The value of the last of `steps` (epoch, value) that `at` has reached, or `before`."""
     reached = [value for epoch, value in steps if at >= epoch]
     return reached[-1] if reached else before
+
+
+def as_schedule(
+    schedule: LRSchedule | LRScheduler | ReduceLROnPlateau | None, optimizer: torch.optim.Optimizer
+) -> LRSchedule:
+    """`schedule` as an LRSchedule of `optimizer`; None is the tutorial's plateau rule. ValueError if it is no schedule of it."""
+    if schedule is None:
+        return Plateau(optimizer, factor=0.5, patience=3, min_lr=1e-6)
+    if isinstance(schedule, LRScheduler | ReduceLROnPlateau):
+        schedule = TorchSchedule(schedule)
+    if not isinstance(schedule, LRSchedule):
+        raise ValueError(
+            f"schedule {type(schedule).__name__}: a scheduler of torch.optim.lr_scheduler, or an "
+            "LRSchedule, is needed"
+        )
+    if schedule.optimizer is not optimizer:
+        raise ValueError("the schedule was made for another optimizer than the trainer's")
+    return schedule
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> LRSchedule:

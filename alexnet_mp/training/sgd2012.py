@@ -46,27 +46,29 @@ class SGD2012(torch.optim.Optimizer):
             if not weights or group["lr"] == 0:
                 continue
             # torch's own kernel, one pass over memory where it is fused, does buffer <- momentum * buffer +
-            # (1 - dampening) * (gradient + weight_decay * w); w <- w - lr * buffer. With lr = 1 and dampening = 1 - our lr that
-            # is the rule above, with the velocity's sign turned.
+            # (1 - dampening) * (gradient + weight_decay * w); w <- w - lr * buffer. With lr = 1 and dampening = 1 - our lr
+            # that is the rule above, with the velocity's sign turned. Without momentum it has no buffer and ignores dampening.
+            momentum, lr = group["momentum"], group["lr"]
             sgd(
                 weights,
                 [p.grad for p in weights],
                 [self.descent(p) for p in weights],
-                lr=1.0,
-                dampening=1 - group["lr"],
-                momentum=group["momentum"],
+                lr=1.0 if momentum else lr,
+                dampening=1 - lr if momentum else 0.0,
+                momentum=momentum,
                 weight_decay=group["weight_decay"],
                 nesterov=False,
                 maximize=False,
                 fused=weights[0].device.type in FUSED,
                 foreach=weights[0].device.type not in FUSED,
+                # a tensor on the device: where it is not 0 the kernel changes nothing
                 found_inf=getattr(self, "found_inf", None),
-            )  # a tensor on the device: where it is not 0 the kernel changes nothing
+            )
         return loss
 
     def descent(self, parameter: nn.Parameter) -> Tensor:
         """The negative velocity of `parameter`, of its shape; zero before its first step."""
-        state = self.state[parameter]
+        state: dict[str, Tensor] = self.state[parameter]
         if "descent" not in state:
             state["descent"] = torch.zeros_like(parameter)
         return state["descent"]
@@ -77,7 +79,9 @@ def parameter_groups(model: nn.Module, recipe: RecipeConfig) -> list[dict[str, A
 
     Each carries `layer` (conv1 or rest) and `kind` (weight or bias). A module without a conv1 has the rest only.
     """
-    groups = {(layer, kind): [] for layer in ("conv1", "rest") for kind in ("weight", "bias")}
+    groups: dict[tuple[str, str], list[nn.Parameter]] = {
+        (layer, kind): [] for layer in ("conv1", "rest") for kind in ("weight", "bias")
+    }
     for name, parameter in model.named_parameters():
         layer = "conv1" if ".conv1." in f".{name}" else "rest"
         groups[layer, "bias" if name.endswith("bias") else "weight"].append(parameter)
@@ -107,9 +111,10 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optim
 
 def velocity_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
     """The velocity (2012) or momentum buffer (torch) of `parameter`; zeros before its first step."""
-    state = optimizer.state.get(parameter, {})
-    if "descent" in state:
-        return -state["descent"]
+    state: dict[str, Tensor | None] = optimizer.state.get(parameter, {})
+    descent = state.get("descent")
+    if descent is not None:
+        return -descent
     value = state.get("momentum_buffer")
     return torch.zeros_like(parameter) if value is None else value
 

@@ -1,49 +1,89 @@
 """The training loop: the tutorial's Trainer, which also trains a network that is spread over ranks.
 
 One rank with any module and any DataLoader is the degenerate case of many ranks with columns; there is no second loop.
-All ranks run the same loop on the same numbers, so that every decision (stop, skip, rate) is taken alike.
+All ranks run the same loop on the same numbers, so that every decision (stop, skip, rate) is taken alike. `_train_epoch`
+and `_forward_backward` are the loop of a textbook; what all ranks must agree on before an update is in step_sync.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Sized
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from tqdm.auto import tqdm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from alexnet_mp.config.progress import progress
 from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.ops.precision import LossScale, autocast
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.parallel.meter import EVALUATION
-from alexnet_mp.training.curves import Curves
 from alexnet_mp.training.diagnostics import Diagnostics
-from alexnet_mp.training.input_checks import check_first, check_labels, check_loader, labels_of
-from alexnet_mp.training.metrics import EPOCH_HEADER, Scores, epoch_line, evaluate, topk_correct
-from alexnet_mp.training.schedule import EarlyStopping, LRSchedule, Plateau
+from alexnet_mp.training.epoch_batches import EpochBatches
+from alexnet_mp.training.input_checks import (
+    check_first_batch,
+    check_labels,
+    check_loader,
+    unpack_batch,
+)
+from alexnet_mp.training.metrics import (
+    EPOCH_HEADER,
+    EpochMetrics,
+    Scores,
+    epoch_line,
+    evaluate,
+    in_float32,
+    is_summed,
+    logits_of,
+    loss_of,
+)
+from alexnet_mp.training.schedule import EarlyStopping, LRSchedule, as_schedule
 from alexnet_mp.training.step_sync import (
     NonFiniteError,
-    Step,
+    Outcome,
     StepSync,
     Stopped,
     until_stop_requested,
 )
-from alexnet_mp.training.tally import Tally
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
 
 
-class Trainer(Curves):
+class Trainer:
     """Trains `model`, watches the validation loss, keeps the best weights.
 
-    The first five arguments are the tutorial's: a module that gives logits, a loss, an optimizer, a device, and the
-    epochs without improvement after which to stop. `criterion` gives the mean over a batch, or its sum where its
-    `reduction` is "sum"; with several data ranks it must be the sum, which is then divided by the global batch.
-    A batch is (images, labels, ...); `rows` and `first_row` of it, if there, are its place in the global batch.
+    The first five arguments are the tutorial's: a module that gives logits, a loss, an optimizer, a device, and the epochs
+    without improvement after which to stop (0: never).
+
+    model: any module. The dropout of an AlexNet, also of one in DataParallel, DistributedDataParallel or torch.compile,
+        is drawn from `seed` (None: the network's own) and the number of the step. Submodules that were put into evaluation
+        mode before training stay in it.
+    criterion: takes (output, labels) and gives the mean loss of a batch, or its sum where its `reduction` is "sum"; with
+        several data ranks it must be the sum, which is divided by the global batch. Losses per sample are averaged.
+    Loaders give batches (images, labels, ...) with class numbers (N,) or, if the criterion takes them, class probabilities
+        (N, classes); accuracy then counts the most probable class. `rows` and `first_row` of a batch, if it has these
+        attributes, are its place in the global batch.
+    schedule: one of ours, or any of torch.optim.lr_scheduler, which steps once an epoch (see TorchSchedule); None: the
+        tutorial's plateau rule.
+    on_epoch: called with (record, improved) after each epoch, before its line is printed.
+    on_save: called within an epoch, every `save_every` steps.
+    restore_best_weights: after `train` the model has the weights of the best epoch. The last ones are kept, and put back
+        when `train` is called again: six calls for one epoch are one call for six.
+    command_line: hints name the flags of the command line.
 
     `train_losses`, `val_losses` (means over images) and `gradient_norms` (means over steps) have one entry per epoch.
     """
@@ -51,279 +91,278 @@ class Trainer(Curves):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module,
+        criterion: Callable[[Any, Tensor], Tensor],
         optimizer: torch.optim.Optimizer,
         device: torch.device | str,
         patience: int = 7,
         *,
-        schedule: LRSchedule | None = None,
+        schedule: LRSchedule | LRScheduler | ReduceLROnPlateau | None = None,
         early_stopping: EarlyStopping | None = None,
         context: ParallelContext | None = None,
         precision: str = "fp32",
-        seed: int = 0,
+        seed: int | None = None,
         max_steps: int = 0,
+        on_epoch: Callable[[dict[str, Any], bool], None] | None = None,
+        on_save: Callable[[], None] | None = None,
+        save_every: int = 0,
+        restore_best_weights: bool = True,
         verbose: bool = True,
+        command_line: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.model, self.criterion, self.optimizer = model.to(self.device), criterion, optimizer
+        self.model, self.optimizer = model.to(self.device), optimizer
+        self.network = unwrap(self.model)
+        self.criterion = (
+            criterion.to(self.device) if isinstance(criterion, nn.Module) else criterion
+        )
         self.context = context or ParallelContext(Environment(), self.device, (0,))
+        if self.context.data_ranks > 1 and not is_summed(criterion):
+            raise ValueError(
+                f"the criterion gives a mean over the batch; {self.context.data_ranks} data ranks need its "
+                'sum (reduction="sum"), as their parts of a batch may differ in size'
+            )
         self.replica = self.context.wrap_ddp(self.model)
         self.early_stopping = early_stopping or (EarlyStopping(patience) if patience else None)
-        self.schedule = schedule or Plateau(
-            optimizer, factor=0.5, patience=3, min_lr=1e-6
-        )  # the tutorial's
+        self.schedule = as_schedule(schedule, optimizer)
         self.precision, self.loss_scale = precision, LossScale(precision)
-        self.seed, self.max_steps = seed, max_steps
+        self._takes_keys = takes_dropout_keys(self.network)
+        self.seed = seed if seed is not None else getattr(self.network, "seed", 0)
+        self.max_steps = max_steps
+        self.on_epoch, self.on_save, self.save_every = on_epoch, on_save, save_every
+        self.restore_best_weights = restore_best_weights
         self.verbose = verbose and self.context.is_rank0
-        self.summed = getattr(criterion, "reduction", "mean") == "sum"
-        self.epoch = self.step = self.batch = (
-            0  # whole epochs, all steps, steps of the current epoch
-        )
+
+        self.epoch = self.step = self.batch = 0  # whole epochs, all steps, batches of this epoch
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"val_loss": math.inf, "epoch": None}
         self.stop_requested = False  # of this rank, set from a signal handler
         self.stopping = False  # what the ranks made of their requests, the same on all
         self.images_seen = 0  # by this process, for the meter's figures per image
         self.largest_step_bytes = 0
-        self.on_epoch: Callable[[dict[str, Any], bool], None] | None = None
-        self.save_every, self.on_save = (
-            0,
-            lambda: None,
-        )  # steps between two saves within an epoch, by whoever keeps checkpoints
-        self._best_weights: dict[str, Tensor] | None = None
-        self.tally = Tally(self.device)
-        self.step_sync, self.diagnostics = (
-            StepSync(self.context, self.model, optimizer, precision),
-            Diagnostics(self.model),
-        )
-        self._unsettled: tuple[Step, Tensor] | None = (
-            None  # the step before, where its outcome is read a step later
-        )
-        self._checked: set[int] = set()  # loaders whose first batch has been looked at
 
-    @property
-    def scheduler(self) -> ReduceLROnPlateau | None:
-        """The plateau rule behind the schedule, where it is one (the tutorial's name)."""
-        return getattr(self.schedule, "plateau", None)
+        self.metrics = EpochMetrics(self.device)
+        self.step_sync = StepSync(self.context, self.network, optimizer, self.loss_scale)
+        self.diagnostics = Diagnostics(self.network, command_line)
+        self._best_weights: dict[str, Any] | None = None
+        self._last_weights: dict[str, Any] | None = None
+        self._checked: list[Any] = [None, None]  # the loaders whose first batch was looked at
+        self._frozen: set[nn.Parameter] = set()  # by the schedule
+        self._evaluating: list[nn.Module] = []  # submodules that the user keeps in evaluation mode
+        self._loss_checked = False
+        self._validation_seconds = 0.0
+        for note in notes_on(model, self._takes_keys, seed):
+            self._print(f"note: {note}")
+
+    # --- the loop
 
     def train(self, train_loader: Any, val_loader: Any, epochs: int) -> list[dict[str, Any]]:
         """Trains for `epochs` more epochs or until a reason to stop; returns the history, one dictionary per epoch.
 
-        Afterwards the model has the weights of the best epoch, unless `on_epoch` has been set to keep them elsewhere.
-        Raises ValueError, before the first step, for a loader without batches or with labels or images that the network cannot take;
-        NonFiniteError where the loss or a gradient is not finite.
+        Ctrl-C (a notebook's "interrupt") ends it after the step, as if that had been the last; a second one raises
+        KeyboardInterrupt at once. Raises ValueError, before the first step, for a loader without batches, with labels or
+        images that the network cannot take, or for a model and a criterion that do not fit; NonFiniteError where the loss
+        or a gradient is not finite: the model then has the weights from before that step.
         """
-        for loader, name in ((train_loader, "training"), (val_loader, "validation")):
-            if isinstance(loader, Sized) and not len(loader):
-                raise ValueError(
-                    f"the {name} loader has no batches: fewer images than a batch with drop_last, or none at all"
-                )
-            check_loader(loader, name, self.model)
+        check_loader(train_loader, "training", self.network, self.context, self.criterion)
+        look = self._checked[1] is not val_loader
+        check_loader(val_loader, "validation", self.network, self.context, self.criterion, look)
+        self._checked[1] = val_loader
+        self._put_back_last_weights()
+        self.stopping = False
         last = self.epoch + epochs
-        if self.verbose and epochs:
-            print(EPOCH_HEADER, flush=True)
-        while self.epoch < last and not self.stopped_early:
-            if not self._train_epoch(train_loader):
-                break
-            try:
-                self._end_epoch(self.scores(val_loader))
-            except Stopped:  # the epoch has not ended: a resumed run begins with its validation
-                break
-            if self.out_of_steps or self.stopping:
-                break
-        if self.stopped_early and self.verbose:
-            print(
-                f"stopped early: no better validation loss for {self.early_stopping.counter} epochs"
-            )
-        if self._best_weights is not None:
-            self.model.load_state_dict(self._best_weights)
+        if epochs:
+            self._print(EPOCH_HEADER)
+        with stop_on_interrupt(self) as interrupts, self._counting_what_was_done(interrupts):
+            while self.epoch < last and not self.stopped_early:
+                if not self._train_epoch(train_loader):
+                    break
+                try:
+                    self._end_epoch(self.scores(val_loader, "validation"))
+                except Stopped:  # the epoch has not ended: its validation is still to come
+                    break
+                if self.out_of_steps or self.stopping:
+                    break
+        if self.stopped_early and self.early_stopping:
+            count = self.early_stopping.counter
+            self._print(f"stopped early: no better validation loss for {count} epochs")
+        self._load_best_weights()
+        if interrupts:
+            self.stop_requested = False
+            self._print(self._interrupt_text())
         return self.history
-
-    @property
-    def stopped_early(self) -> bool:
-        return self.early_stopping is not None and self.early_stopping.early_stop
-
-    @property
-    def out_of_steps(self) -> bool:
-        return bool(self.max_steps) and self.step >= self.max_steps
 
     def _train_epoch(self, loader: Any) -> bool:
         """The rest of the current epoch; False if it was left before its end."""
-        self.model.train()
-        batches = len(loader) if isinstance(loader, Sized) else None
-        self.schedule.advance(self.epoch)
-        self._freeze()
-        if hasattr(loader, "augment"):
-            loader.augment.noise_off = self.schedule.noise_off
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(self.epoch, self.batch)
-        elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
-            loader.sampler.set_epoch(self.epoch)
-        clock = time.perf_counter()
-        bar = tqdm(
-            loader,
-            f"epoch {self.epoch + 1}",
-            total=batches,
-            initial=self.batch,
-            unit="step",
-            leave=False,
-            disable=None if self.verbose else True,
-        )
-        batches_left = iter(bar)
-        batch = next(batches_left, None)
-        if (
-            self.batch and batches
-        ):  # resumed within the epoch, perhaps after its last step: the rate that step had
-            self.schedule.advance(self.epoch + (self.batch - 1) / batches)
-        if batch is not None and id(loader) not in self._checked:
-            check_first(batch, self.model, self.context)
-            self._checked |= {id(loader)} if labels_of(loader) is not None else set()
-        while batch is not None:
-            self.schedule.advance(self.epoch + (self.batch / batches if batches else 0))
-            self.context.status = f"step {self.step + 1}"
-            step = self._gradients(batch, labels_known=id(loader) in self._checked)
-            batch = next(batches_left, None)  # prepared while the ranks' flags are on their way
-            self._update(*step)
-            if bar.disable is False and self.step % 10 == 0:
-                bar.set_postfix_str(f"loss {self.tally.mean_loss():.3f}")
-            stop = self.stopping or self.out_of_steps
-            save = self.save_every and self.step % self.save_every == 0
-            if stop or save or self.batch == batches:
-                self.resolve_pending()
-                self.tally.seconds, clock = (
-                    self.tally.seconds + time.perf_counter() - clock,
-                    time.perf_counter(),
-                )
-            if stop and self.batch != batches:
-                return False
-            if save and self.batch != batches:
-                self.on_save()
-        self.resolve_pending()
-        bar.close()
-        self.tally.seconds += time.perf_counter() - clock
-        if not self.tally.steps:
-            raise ValueError("the training loader gave no batches")
+        with contextlib.closing(self._start_epoch(loader)) as batches:
+            for batch in batches:
+                self.schedule.advance(self.epoch + batches.fraction(self.batch))
+                if not self._forward_backward(batch):
+                    continue  # it had no images
+                batches.prefetch()  # while the ranks' flags are on their way
+                self._update()
+                if not batches.at_end and not self._goes_on():
+                    return False
+        self._record(self.step_sync.resolve_pending())
+        self.metrics.end_lap()
+        if not self.metrics.steps:
+            again = "; a generator gives its batches once only" if self.epoch else ""
+            raise ValueError(
+                f"the training loader gave no batches with images in epoch {self.epoch + 1}{again}"
+            )
         return True
 
-    def _freeze(self) -> None:
-        """Takes conv1 out of autograd from the epoch on at which the schedule freezes it: no gradient, no step, no decay."""
-        conv1 = [
-            p
-            for group in self.optimizer.param_groups
-            if group.get("layer") == "conv1"
-            for p in group["params"]
-        ]
-        if any(p.requires_grad == self.schedule.frozen for p in conv1):
-            for p in conv1:
-                p.requires_grad_(not self.schedule.frozen)
-            self.replica = self.context.wrap_ddp(
-                self.model
-            )  # DistributedDataParallel asks once which gradients it will get
-
-    def _gradients(self, batch: Any, labels_known: bool = False) -> tuple[Step, Tensor]:
-        """Forward and backward of one batch: its step, whose flags are on their way, and what it adds to the epoch's sums."""
-        images, labels = (
-            batch[0].to(self.device, non_blocking=True),
-            batch[1].to(self.device, non_blocking=True),
-        )
+    def _forward_backward(self, batch: Any) -> bool:
+        """Forward and backward of one batch, then its flags leave. False for a batch without images."""
+        images, labels = unpack_batch(batch, "training")
         rows, first_row = getattr(batch, "rows", len(labels)), getattr(batch, "first_row", 0)
+        if not rows:
+            self.batch += 1
+            return False
+        self.context.status = f"step {self.step + 1}"
         sent_before = self.context.meter.total_bytes()
+        self.model.zero_grad(set_to_none=True)  # weights that the optimizer does not have, too
         self.optimizer.zero_grad(set_to_none=True)
+        images = images.to(self.device, non_blocking=True)
         with autocast(self.device, self.precision):
-            logits = self.replica(images, *self._keys(images, first_row))
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if not labels_known:
-            check_labels(batch[1], logits.shape[1], "training")
-        loss = self.criterion(logits, labels)
-        # The sum over this rank's rows, divided by the whole batch: right for uneven tails too. DDP averages its ranks' gradients, so that is undone.
-        share = loss / rows * self.context.data_ranks if self.summed else loss
-        (share * self.loss_scale.scale).backward()
-        self.largest_step_bytes = max(
-            self.largest_step_bytes, self.context.meter.total_bytes() - sent_before
-        )
+            output = self.replica(images, *self._dropout_keys(images, first_row))
+        output = in_float32(output)
+        logits = logits_of(output)  # (N, classes)
+        check_labels(labels, logits.shape[1], "training", self.criterion)
+        labels = labels.to(self.device, non_blocking=True)
+        loss = self._loss(output, labels)
+        # The sum over this rank's rows, divided by the whole batch: right for uneven tails too. DDP averages its ranks'
+        # gradients, so that is undone.
+        share = loss / rows * self.context.data_ranks if is_summed(self.criterion) else loss
+        torch.autograd.backward(share * self.loss_scale.scale)
+        sent = self.context.meter.total_bytes() - sent_before
+        self.largest_step_bytes = max(self.largest_step_bytes, sent)
+        sums = self.metrics.batch(self.criterion, loss, logits, labels)
         step = self.step_sync.start(
-            self.step + 1, self.epoch + 1, self.lr, loss, self.loss_scale.scale, self.stop_requested
+            self.step + 1, self.epoch + 1, self.lr, loss, sums, self.stop_requested
         )
         self.diagnostics.record(step.names, step.norms, logits.shape[1])
         self.images_seen += rows
-        return step, self.tally.counts(
-            loss * (1 if self.summed else len(labels)), topk_correct(logits, labels, 1), len(labels)
-        )
+        return True
 
-    def _update(self, step: Step, counts: Tensor) -> None:
-        """The optimizer's step, unless something is not finite. Where the device sees to that itself, the step before is settled now."""
-        if not self.step_sync.deferred:
-            self._settle(step, counts)
-            self.step, self.batch = self.step + 1, self.batch + 1
-            return
-        self.optimizer.step()
+    def _update(self) -> None:
+        """The optimizer's step, unless something is not finite on some rank."""
         self.step, self.batch = self.step + 1, self.batch + 1
-        self.resolve_pending()
-        self._unsettled = (step, counts)
+        self._record(self.step_sync.finish())
+        self.schedule.end_step()
 
-    def resolve_pending(self) -> None:
-        """After it, every step that was counted is known to count."""
-        unsettled, self._unsettled = self._unsettled, None
-        if unsettled:
-            self._settle(*unsettled)
+    # --- its parts
 
-    def _settle(self, step: Step, counts: Tensor) -> None:
-        try:
-            squared, self.stopping = self.step_sync.resolve_step(
-                step, self.loss_scale.active, self.loss_scale.exhausted
-            )
-        except NonFiniteError:
-            self.batch -= self.step - (
-                step.number - 1
-            )  # where one more had begun, its update was suppressed as well
-            self.step = step.number - 1
-            raise
-        taken = self.loss_scale.update(squared)
-        if taken and not self.step_sync.deferred:
-            if self.loss_scale.scale != 1:
-                torch._foreach_mul_(
-                    [p.grad for p in self.model.parameters() if p.grad is not None],
-                    1 / self.loss_scale.scale,
-                )
-            self.optimizer.step()
-        self.tally.confirm(counts, math.sqrt(squared) if taken else 0.0)
+    def _start_epoch(self, loader: Any) -> EpochBatches:
+        """Sets modes and rates for the rest of the current epoch; its batches, the first of which is one the model can take."""
+        self._set_training_mode()
+        self.schedule.advance(self.epoch)
+        self._freeze_conv1()
+        augment: Any = getattr(loader, "augment", None)
+        if hasattr(augment, "noise_off"):
+            augment.noise_off = self.schedule.noise_off
+        self.metrics.start_lap()
+        seen, began = self.images_seen, time.perf_counter()
 
-    def _keys(self, images: Tensor, first_row: int) -> tuple[Tensor, ...]:
+        def text() -> str:
+            speed = (self.images_seen - seen) / (time.perf_counter() - began)
+            return f"loss {self.metrics.mean_loss():.3f}, {speed:,.0f} images/s"
+
+        batches = EpochBatches(loader, self.epoch, self.batch, text, self.verbose)
+        if batches.done != self.batch:  # the loader cannot leave them out: the epoch begins again
+            self.batch, self.metrics = 0, EpochMetrics(self.device)
+        if self.batch:  # resumed, perhaps after the epoch's last step: the rate that step had
+            self.schedule.advance(self.epoch + batches.fraction(self.batch - 1))
+        if not batches.at_end and self._checked[0] is not loader:
+            check_first_batch(batches.upcoming, self.network, self.context, self.criterion)
+            self._checked[0] = loader
+        return batches
+
+    def _set_training_mode(self) -> None:
+        """Training mode for all but the submodules that the user has put into evaluation mode."""
+        if self.model.training:
+            self._evaluating = [module for module in self.model.modules() if not module.training]
+        else:  # the whole model was evaluated meanwhile
+            self.model.train()
+            for module in self._evaluating:
+                module.training = False
+
+    def _freeze_conv1(self) -> None:
+        """Takes conv1 out of autograd at the epoch at which the schedule freezes it: no gradient, no step, no decay.
+
+        Parameters that the user has frozen stay frozen.
+        """
+        groups = [g for g in self.optimizer.param_groups if g.get("layer") == "conv1"]
+        conv1 = {p for group in groups for p in group["params"]}
+        change = {p for p in conv1 if p.requires_grad} if self.schedule.frozen else self._frozen
+        if change:
+            for parameter in change:
+                parameter.requires_grad_(not self.schedule.frozen)
+            self._frozen = change if self.schedule.frozen else set()
+            # DistributedDataParallel asks once which gradients it will get
+            self.replica = self.context.wrap_ddp(self.model)
+
+    def _dropout_keys(self, images: Tensor, first_row: int) -> tuple[Tensor, ...]:
         """The dropout keys of these rows for our own network; other modules take images only."""
-        if not isinstance(self.model, AlexNet):
+        if not self._takes_keys:
             return ()
-        return (
-            dropout_keys(
-                self.seed,
-                self.step,
-                torch.arange(first_row, first_row + len(images), device=self.device),
-            ),
-        )
+        rows = torch.arange(first_row, first_row + len(images), device=self.device)
+        return (dropout_keys(self.seed, self.step, rows),)
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the weights behind conv1 (of the last group, for other modules the only one)."""
-        groups = self.optimizer.param_groups
-        return (
-            [g for g in groups if g.get("layer") == "rest" and g.get("kind") == "weight"] or groups
-        )[-1]["lr"]
+    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+        """The loss of a batch; ValueError, at the first one, where the criterion does not take these outputs and labels."""
+        if self._loss_checked:
+            return loss_of(self.criterion, output, labels)
+        try:
+            loss = loss_of(self.criterion, output, labels)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(
+                f"the criterion, {type(self.criterion).__name__}, does not take the model's output, "
+                f"{described(output)}, with the loader's labels, {described(labels)}: {reason}"
+            ) from error
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss depends on no parameter that requires a gradient: all are frozen"
+            )
+        self._loss_checked = True
+        return loss
+
+    def _record(self, outcome: Outcome | None) -> None:
+        """Adds a step whose outcome is known to the epoch's figures."""
+        if outcome is not None:
+            self.stopping = outcome.stop
+            self.metrics.add(outcome.sums, outcome.gradient_norm)
+
+    def _goes_on(self) -> bool:
+        """Between two steps: saves if it is time; False if training is to stop here."""
+        stop = self.stopping or self.out_of_steps
+        save = self.save_every > 0 and self.step % self.save_every == 0
+        if stop or save:
+            self._record(self.step_sync.resolve_pending())
+            self.metrics.end_lap()
+        if save and not stop and self.on_save is not None:
+            self.on_save()
+        return not stop
 
     def _end_epoch(self, scores: Scores) -> None:
-        """Validation is done: record, decide, hand over."""
-        tally, self.tally = self.tally, Tally(self.device)
-        loss, correct, images = self.context.all_reduce_replicas(tally.sums.cpu().double()).tolist()
+        """Validation is done: record, decide, save, print."""
+        metrics, self.metrics = self.metrics, EpochMetrics(self.device)
+        sums = self.context.all_reduce_replicas(metrics.sums.cpu().double())
+        loss, weight, images, correct = sums.tolist()
         record = {
             "epoch": self.epoch + 1,
             "step": self.step,
             "lr": self.lr,
-            "train_loss": loss / images,
+            "train_loss": loss / weight,
             "train_top1": correct / images,
             "val_loss": scores.loss,
             "val_top1": scores.top1,
             "val_top5": scores.top5,
-            "grad_norm": tally.grad_norm / tally.steps,
-            "images_per_second": images / tally.seconds,
-            "seconds": round(tally.seconds + self._validation_seconds, 3),
+            "grad_norm": metrics.gradient_norm / metrics.steps,
+            "images_per_second": images / metrics.seconds,
+            "seconds": round(metrics.seconds + self._validation_seconds, 3),
         }
         self.history.append(record)
         self.epoch, self.batch = self.epoch + 1, 0
@@ -333,38 +372,109 @@ class Trainer(Curves):
         improved = scores.loss < self.best["val_loss"]
         if improved:
             self.best = {"val_loss": scores.loss, "epoch": self.epoch}
-        if self.verbose:
-            print(epoch_line(record) + ("  best" if improved else ""), flush=True)
-        dead = {
-            column: layers
-            for here in self.context.gather(self.diagnostics.dead_layers())
-            for column, layers in here.items()
-        }
-        for line in self.diagnostics.after_epoch(self.epoch, record["train_loss"], dead):
-            if self.verbose:
-                print(line, flush=True)
+            if self.restore_best_weights:
+                self._best_weights = copy_of_weights(self.model)
         if self.on_epoch is not None:
             self.on_epoch(record, improved)
-        elif improved:
-            self._best_weights = {
-                name: value.detach().cpu().clone()
-                for name, value in self.model.state_dict().items()
-            }
+        self._print(epoch_line(record) + ("  best" if improved else ""))
+        everywhere = self.context.gather(self.diagnostics.dead_layers())
+        dead = {column: layers for here in everywhere for column, layers in here.items()}
+        top1 = record["train_top1"]
+        for line in self.diagnostics.after_epoch(self.epoch, record["train_loss"], top1, dead):
+            self._print(line)
 
-    def scores(self, loader: Any) -> Scores:
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validation loss has not improved for long enough."""
+        return self.early_stopping is not None and self.early_stopping.early_stop
+
+    @property
+    def out_of_steps(self) -> bool:
+        """Whether `max_steps` are done."""
+        return bool(self.max_steps) and self.step >= self.max_steps
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the weights behind conv1 (of the last group, for other modules the only one)."""
+        groups = self.optimizer.param_groups
+        ours = [g for g in groups if g.get("layer") == "rest" and g.get("kind") == "weight"]
+        return float((ours or groups)[-1]["lr"])
+
+    @property
+    def scheduler(self) -> LRScheduler | ReduceLROnPlateau | None:
+        """The scheduler of torch behind the schedule, if it is one (the tutorial's name)."""
+        return getattr(self.schedule, "scheduler", None)
+
+    # --- weights and interrupts
+
+    def _load_best_weights(self) -> None:
+        """Puts the best epoch's weights into the model and keeps the last ones for the next call of `train`."""
+        if self._best_weights is not None and (self.best["epoch"], 0) != (self.epoch, self.batch):
+            self._last_weights = copy_of_weights(self.model)
+            self.model.load_state_dict(self._best_weights)
+
+    def _put_back_last_weights(self) -> None:
+        """Training goes on from the last weights, unless the user has changed the model since."""
+        if self._last_weights is None:
+            return
+        best = self._best_weights or {}
+        here = self.model.state_dict()
+        if all(same(value, best.get(name)) for name, value in here.items()):
+            self.model.load_state_dict(self._last_weights)
+        else:
+            self._print("note: the weights were changed after train(), which goes on from them")
+        self._last_weights = None
+
+    @contextlib.contextmanager
+    def _counting_what_was_done(self, interrupts: list[int]) -> Iterator[None]:
+        """Sees to it that after an error or an interrupt the counters are those of the steps that were taken."""
+        try:
+            yield
+        except (
+            NonFiniteError
+        ) as error:  # where one more had begun, its update was suppressed as well
+            self.batch -= self.step - (error.step - 1)
+            self.step = error.step - 1
+            raise
+        except KeyboardInterrupt:
+            self.step_sync.abandon()
+            self._load_best_weights()
+            self._print(self._interrupt_text())
+            raise
+        except RuntimeError as error:  # the interrupt has reached the workers of a DataLoader, too
+            if not interrupts or "DataLoader worker" not in str(error):
+                raise
+            self.step_sync.abandon()
+            self.stopping = True
+
+    def _interrupt_text(self) -> str:
+        best = f"the best weights, of epoch {self.best['epoch']}"
+        weights = best if self._best_weights is not None else "its last weights"
+        return f"interrupted after step {self.step}: the model has {weights}; train() goes on from the last"
+
+    def _print(self, text: str) -> None:
+        """Prints on rank 0. A screen that is gone does not end the training."""
+        if self.verbose:
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
+
+    # --- scores and curves
+
+    def scores(self, loader: Any, name: str = "evaluation") -> Scores:
         """Loss, top-1 and top-5 over `loader`, of the weights that the model has now. Raises Stopped if a rank is asked to stop."""
-        started, self.context.status = time.perf_counter(), f"validation after step {self.step}"
-        bar = tqdm(
-            loader, "validation", unit="batch", leave=False, disable=None if self.verbose else True
-        )
+        started, self.context.status = time.perf_counter(), f"{name} after step {self.step}"
+        shown = progress(loader, description=name, unit="batches", enabled=self.verbose)
+        # In DistributedDataParallel an evaluation would wait for ranks that have fewer batches.
+        model = self.network if isinstance(self.model, DistributedDataParallel) else self.model
         with self.context.meter.counting(EVALUATION):
             scores = evaluate(
-                self.model,
-                until_stop_requested(bar, self),
+                model,
+                until_stop_requested(shown, self),
                 device=self.device,
                 criterion=self.criterion,
                 reduce=self.context.all_reduce_replicas,
                 precision=lambda: autocast(self.device, self.precision),
+                name=name,
             )
         self._validation_seconds = time.perf_counter() - started
         return scores
@@ -377,9 +487,42 @@ class Trainer(Curves):
         """The share of `test_loader`'s images whose largest logit is the label's, a fraction of 1."""
         return self.scores(test_loader).top1
 
+    @property
+    def train_losses(self) -> list[float]:
+        """The mean training loss of each epoch."""
+        return [record["train_loss"] for record in self.history]
+
+    @property
+    def val_losses(self) -> list[float]:
+        """The mean validation loss of each epoch."""
+        return [record["val_loss"] for record in self.history]
+
+    @property
+    def gradient_norms(self) -> list[float]:
+        """The mean norm of the gradient over each epoch's steps."""
+        return [record["grad_norm"] for record in self.history]
+
+    def plot_losses(self, window_size: int = 1, path: str | Path | None = None) -> Figure:
+        """Training and validation loss over epochs, smoothed over `window_size`; a matplotlib figure, saved to `path` if given."""
+        from alexnet_mp.plotting.curves import plot_losses  # matplotlib takes a second to import
+
+        return plot_losses(self.train_losses, self.val_losses, window_size, path)
+
+    @staticmethod
+    def moving_average(data: list[float], window_size: int) -> np.ndarray:
+        """Means over `window_size` neighbors; a window longer than the data takes what there is."""
+        from alexnet_mp.plotting.curves import moving_average
+
+        return moving_average(data, window_size)
+
+    # --- state
+
     def state_dict(self) -> dict[str, Any]:
-        """The loop's state in plain containers and tensors; the same on all ranks that hold one copy."""
-        return {
+        """The loop's state in plain containers and tensors; the same on all ranks that hold one copy.
+
+        With `restore_best_weights` the best and the last weights are part of it.
+        """
+        state = {
             "epoch": self.epoch,
             "step": self.step,
             "batch": self.batch,
@@ -388,8 +531,11 @@ class Trainer(Curves):
             "schedule": self.schedule.state_dict(),
             "loss_scale": self.loss_scale.state_dict(),
             "early_stopping": self.early_stopping.state_dict() if self.early_stopping else None,
-            "tally": self.tally.state_dict(self.context.all_reduce_replicas),
+            "tally": self.metrics.state_dict(self.context.all_reduce_replicas),
         }
+        if self.restore_best_weights:
+            state |= {"best_weights": self._best_weights, "last_weights": self._last_weights}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, at any placement."""
@@ -399,4 +545,87 @@ class Trainer(Curves):
         self.loss_scale.load_state_dict(state["loss_scale"])
         if self.early_stopping and state["early_stopping"]:
             self.early_stopping.load_state_dict(state["early_stopping"])
-        self.tally.load_state_dict(state["tally"], first_copy=self.context.data_rank == 0)
+        self.metrics.load_state_dict(state["tally"], first_copy=self.context.data_rank == 0)
+        if self.restore_best_weights:
+            self._best_weights = state.get("best_weights")
+            self._last_weights = state.get("last_weights")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def takes_dropout_keys(network: nn.Module) -> bool:
+    """Whether it is an AlexNet that is called as one: a subclass may have a forward without keys."""
+    return isinstance(network, AlexNet) and "keys" in inspect.signature(network.forward).parameters
+
+
+def notes_on(model: nn.Module, takes_keys: bool, seed: int | None) -> list[str]:
+    """What a user should know of how this model will be trained."""
+    notes = []
+    if isinstance(model, DistributedDataParallel):
+        notes.append(
+            "the model came in DistributedDataParallel: each rank prints, stops and keeps its best weights "
+            "by its own validation loss, so give all ranks the same validation images"
+        )
+    if seed is not None and not takes_keys:
+        notes.append(
+            f"seed {seed} changes nothing: {type(unwrap(model)).__name__} has dropout of its own"
+        )
+    return notes
+
+
+def described(value: Any) -> str:
+    """A model's output or labels in a few words: type, and shape or parts."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if fields := getattr(value, "_fields", None):
+        return f"{type(value).__name__}({', '.join(fields)})"
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+
+
+def copy_of_weights(model: nn.Module) -> dict[str, Any]:
+    """The state dict, copied to the CPU."""
+    return {
+        name: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for name, value in model.state_dict().items()
+    }
+
+
+def same(value: Any, copied: Any) -> bool:
+    """Whether an entry of a state dict is still what was copied; entries that are no tensors count as the same."""
+    if not isinstance(value, Tensor):
+        return True
+    return isinstance(copied, Tensor) and torch.equal(value.detach().cpu(), copied)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt(trainer: Trainer) -> Iterator[list[int]]:
+    """Within it a first SIGINT asks `trainer` to stop after the step; a second raises KeyboardInterrupt. Gives the first.
+
+    Handlers that somebody has installed, as launch/ does, are left alone.
+    """
+    seen: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if seen:
+            signal.default_int_handler(number, frame)
+        seen.append(number)
+        trainer.stop_requested = True
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,7 +14,7 @@ from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer, decode, jpeg
 from alexnet_mp.data.decode import read_image, try_read
 from alexnet_mp.data.shard_writer import Packing
-from alexnet_mp.inference.ensemble import _read as predicted
+from alexnet_mp.inference.predict import _read as predicted
 
 pytestmark = pytest.mark.usefixtures("cache")
 RED, BLUE = (200, 30, 60), (20, 40, 220)

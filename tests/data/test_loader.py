@@ -116,6 +116,16 @@ def test_iterating_twice_gives_the_epoch_twice_and_another_epoch_another_order_a
     assert not torch.equal(one.augment.draw(7, 0, 0, 16).top, one.augment.draw(7, 1, 0, 16).top)
 
 
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_crops_flips_and_colors_are_those_of_the_epoch(epoch: int) -> None:
+    one = loader()
+    one.set_epoch(epoch, skip=1)
+    for number, batch in enumerate(one, 1):
+        images = one.store.gather(one.order(epoch)[number * 16 : (number + 1) * 16])
+        params = one.augment.draw(7, epoch, number, len(images))
+        assert torch.equal(batch.images, one.augment.train(images, params))
+
+
 def test_evaluation_keeps_the_stored_order_and_the_same_images_every_time() -> None:
     one = loader(random_store(50, classes=50), train=False)
     assert torch.cat([batch.labels for batch in one]).tolist() == list(range(50))
@@ -245,17 +255,12 @@ def test_what_the_thread_prepares_is_what_the_augmentation_makes_of_the_gathered
         images = store.gather(one.order(0)[number * 16 : (number + 1) * 16])
         draw = augment.draw(7, 0, number, len(images))
         expected = (
-            augment._scaled(augment._centered(images, draw.top, draw.left, draw.flip))
-            if train
-            else augment.test(images)
+            augment._scaled(augment._centered(images, draw)) if train else augment.test(images)
         )
         if (
             train
         ):  # as it was computed before there was one pass: the same operations in the same order
-            expected = (
-                augment._centered(images, draw.top, draw.left, draw.flip)
-                + draw.color[:, :, None, None]
-            )
+            expected = augment._centered(images, draw) + draw.color[:, :, None, None]
             expected = augment._scaled(expected / 1.1 if divides else expected)
         assert torch.equal(batch.images, expected)
 

@@ -9,6 +9,7 @@ from image_sets import levels, load_folder, make_folder, mixed_store, random_sto
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Store, datasets, load, store_format
+from alexnet_mp.data.statistics import Sums
 from alexnet_mp.data.store import resize
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -107,6 +108,16 @@ def test_every_image_weighs_the_same_in_the_statistics_whatever_its_side() -> No
     statistics = store.statistics(8)
     torch.testing.assert_close(statistics.mean_image, torch.full((3, 8, 8), 175.0))
     torch.testing.assert_close(statistics.covariance, torch.full((3, 3), 1875.0).double())
+
+
+def test_sums_are_exact_where_32_bits_are_full() -> None:
+    white, full = np.full((3, 2, 2), 255, np.uint8), (2**32 - 1) // 255
+    sums = Sums()
+    sums.add(white)
+    sums.counts[2], sums.images[2] = full - 1, np.full((3, 2, 2), 255 * (full - 1), np.uint32)
+    for count in (full, full + 1, full + 2):
+        sums.add(white)
+        assert (sums.images[2] == 255 * count).all() and sums.count == count
 
 
 def test_statistics_of_a_store_on_disk_are_measured_once(

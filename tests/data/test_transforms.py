@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.config.presets import preset
@@ -328,3 +329,41 @@ def test_a_gpu_makes_the_same_batch(mean: str) -> None:
     np.testing.assert_allclose(
         on_gpu.ten_crop(images.cuda()).cpu(), on_cpu.ten_crop(images), rtol=1e-6
     )
+
+
+class CopiedBytes(TorchDispatchMode):
+    """Counts the bytes that go from the CPU to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if (
+            isinstance(result, torch.Tensor)
+            and result.device.type != "cpu"
+            and isinstance(args[0] if args else None, torch.Tensor)
+            and args[0].device.type == "cpu"
+        ):
+            self.bytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("mean", ["none", "image-aligned", "image-center"])
+def test_a_device_is_sent_the_places_of_crops_not_an_index_for_each_row(mean: str) -> None:
+    rows = 128
+    augment = Augment(
+        DataConfig(stored_side=20, crop_of=16, mean=mean, color_noise=0.1),
+        16,
+        imagenet_statistics(20),
+        "meta",
+    )
+    images = torch.empty((rows, 3, 20, 20), dtype=torch.uint8, device="meta")
+    params = augment.draw(0, 0, 0, rows)
+    with CopiedBytes() as copied:
+        assert augment.train(images, params).shape == (rows, 3, 16, 16)
+    assert copied.bytes == rows * (3 * 8 + 3 * 4)  # top, left and flip, and three colors
+    with CopiedBytes() as copied:
+        assert len(list(augment.ten_views(images))) == 10
+    assert copied.bytes == 0

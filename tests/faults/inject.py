@@ -36,8 +36,8 @@ POINTS = {  # name -> (where the attribute is, its name): what is about to begin
         alexnet_mp.training.run,
         "load",
     ),  # within it, on the one rank that works while the others wait
-    "batch": (alexnet_mp.training.trainer, "check_first"),
-    "step": (alexnet_mp.training.trainer.Trainer, "_gradients"),
+    "batch": (alexnet_mp.training.trainer, "check_first_batch"),
+    "step": (alexnet_mp.training.trainer.Trainer, "_forward_backward"),
     "flags": (alexnet_mp.training.trainer.StepSync, "start"),
     "exchange": (alexnet_mp.parallel.exchange.GroupLink, "start_exchange"),
     "update": (alexnet_mp.training.trainer.Trainer, "_update"),

@@ -11,15 +11,15 @@ from ranks import run as run_ranks
 from torch import nn
 
 from alexnet_mp import Trainer, preset
-from alexnet_mp.config import DataConfig
+from alexnet_mp.config import DataConfig, progress
 from alexnet_mp.config.arguments import EvaluateRequest, Networks
 from alexnet_mp.data import Augment, Loader, Statistics, Store, load
 from alexnet_mp.inference.ensemble import (
     EnsembleModel,
     EnsembleRunner,
     average_outputs,
-    evaluate_checkpoints,
 )
+from alexnet_mp.inference.evaluate import evaluate_checkpoints
 from alexnet_mp.training import checkpoint
 from alexnet_mp.training.metrics import Scores, evaluate
 from alexnet_mp.training.run import run
@@ -316,6 +316,16 @@ def test_the_ten_views_of_a_checkpoint_are_the_stack_that_the_augmentation_gives
     assert (mean.max(1).values - mean.min(1).values).min() > 1e-3
     loss = -mean[torch.arange(50), torch.from_numpy(test.labels)].log().mean().item()
     assert evaluate_checkpoints(asked(trained))["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_log_shows_how_far_the_evaluation_is(trained, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+    evaluate_checkpoints(asked(trained, ten_crop=False, batch_size=25))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "evaluating test: 1 of 2 batches (50 %)",
+        "evaluating test: 2 of 2 batches (100 %)",
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 50])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,9 @@ from PIL import Image
 
 from alexnet_mp import AlexNet, ModelConfig, preset
 from alexnet_mp.data import load
-from alexnet_mp.inference.run_pictures import (
-    FinishedRun,
-    class_balanced_sample,
-    draw,
-    logits_and_fc7,
-    nearest,
-)
+from alexnet_mp.inference.features import class_balanced_sample, logits_and_fc7, nearest
+from alexnet_mp.inference.finished_run import FinishedRun
+from alexnet_mp.inference.run_pictures import draw, kernels
 from alexnet_mp.training.run import run
 
 
@@ -192,12 +189,25 @@ def test_a_run_that_stopped_in_its_first_epoch_has_all_pictures_but_the_curves(t
     ]
 
 
+def test_kernels_near_their_random_start_are_said_to_be_expected(finished, tmp_path) -> None:
+    opened = FinishedRun(finished)
+    words = "noise is expected after a short training"
+    assert words in kernels(opened, tmp_path).caption
+    with torch.no_grad():
+        for column in opened.model.columns.values():  # gray kernels have learned something
+            column.conv1.weight.copy_(
+                column.conv1.weight.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+            )
+    assert words not in kernels(opened, tmp_path).caption
+
+
 @pytest.mark.parametrize("stored", [True, False])
 def test_the_network_sees_the_images_as_the_runs_test_did(finished, stored: bool) -> None:
     """Whether the checkpoint has the statistics of the training images or, being old, has not."""
     opened = FinishedRun(finished)
-    assert opened.statistics is not None
-    opened.statistics = opened.statistics if stored else None
+    assert opened.network.statistics is not None
+    if not stored:
+        opened.network = replace(opened.network, statistics=None)
     splits = load(opened.config.data, 0, side=opened.config.data.resized_side(67))
     logits = torch.cat([logits for logits, _ in opened.logits_and_fc7(splits.test, "")])
     top1 = (logits.argmax(1).numpy() == splits.test.labels).mean()
@@ -217,6 +227,6 @@ def test_images_of_other_classes_are_refused(finished, tmp_path) -> None:
         data="folder", limit_train=0, limit_val=0, limit_test=0
     )
     with pytest.raises(
-        ValueError, match="not the classes that the run was trained on; arrow differs"
+        ValueError, match=r"there is a class 'cat', unlike in the images that .*run was trained on"
     ):
         _ = opened.splits

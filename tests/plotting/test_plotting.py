@@ -8,22 +8,25 @@ import torch
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.font_manager import findfont, get_font
 
-from alexnet_mp.plotting import lettering
+from alexnet_mp.plotting import fonts
 from alexnet_mp.plotting.curves import compare_curves, draw_curves, epochs_to
-from alexnet_mp.plotting.lettering import legible
-from alexnet_mp.plotting.pictures import (
+from alexnet_mp.plotting.fonts import fit_text
+from alexnet_mp.plotting.kernels import (
+    EXPLANATION,
     GAP,
-    OTHER,
-    RIGHT,
-    WHITE_NOISE,
-    ZOOM,
+    PIXELS_PER_WEIGHT,
+    RANDOM_SELECTIVITY,
     color_selectivity,
     draw_kernels,
+    kernel_colors,
+    kernel_sheet,
+)
+from alexnet_mp.plotting.predictions import (
+    CORRECT_COLOR,
+    OTHER_COLOR,
     draw_neighbors,
     draw_predictions,
     draw_samples,
-    kernel_colors,
-    kernel_sheet,
 )
 
 ODD_NAMES = [
@@ -91,6 +94,25 @@ def test_curves_are_losses_and_errors_over_epochs(tmp_path) -> None:
         [1 - record["val_top5"] for record in history(8)]
     )
     assert [text.get_text() for text in losses.texts] == [" lr 0.01"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 8])
+def test_axes_begin_at_0_end_above_the_curves_and_count_whole_epochs(epochs: int) -> None:
+    small = [record | {"train_loss": 0.02, "val_loss": 0.04} for record in history(epochs)]
+    figure = draw_curves(small)
+    figure.canvas.draw()
+    for axes, highest in zip(figure.axes, (0.04, 0.9), strict=True):
+        bottom, top = axes.get_ylim()
+        assert bottom == 0 and highest < top < 1.1 * highest
+        shown = [tick for tick in axes.get_xticks()]
+        assert all(tick == round(tick) for tick in shown)
+
+
+@pytest.mark.parametrize(("classes", "drawn"), [(2, False), (5, False), (6, True), (None, True)])
+def test_top_5_is_drawn_only_where_there_are_more_than_five_classes(classes, drawn: bool) -> None:
+    _, errors = draw_curves(history(3), classes=classes).axes
+    legend = [text.get_text() for text in errors.get_legend().get_texts()]
+    assert ("validation, top-5" in legend) == drawn and len(errors.get_lines()) == 2 + drawn
 
 
 @pytest.mark.parametrize(("window", "first", "points"), [(3, 3, 6), (8, 8, 1), (100, 8, 1)])
@@ -166,7 +188,7 @@ def test_color_selectivity_is_0_for_gray_1_for_opponent_colors_and_two_thirds_fo
     assert scores.tolist() == pytest.approx([0, 1, 1, 2 / 3, 0, 1, 0], abs=1e-6)
     noise = color_selectivity(torch.randn(500, 3, 11, 11, generator=generator))
     assert (
-        noise.mean().item() == pytest.approx(WHITE_NOISE, abs=0.01)
+        noise.mean().item() == pytest.approx(RANDOM_SELECTIVITY, abs=0.01)
         and (noise >= 0).all()
         and (noise <= 1).all()
     )
@@ -195,11 +217,14 @@ def test_each_kernel_is_scaled_by_its_own_largest_weight_around_gray() -> None:
 
 def test_a_sheet_has_kernel_k_in_row_k_over_16_with_white_between() -> None:
     kernels = torch.randn(48, 3, 11, 11, generator=torch.Generator().manual_seed(0))
-    sheet, step = kernel_sheet(kernels), 11 * ZOOM + GAP
+    sheet, step = kernel_sheet(kernels), 11 * PIXELS_PER_WEIGHT + GAP
     assert sheet.shape == (3 * step - GAP, 16 * step - GAP, 3)
     for k in (0, 15, 16, 47):
         top, left = k // 16 * step, k % 16 * step
-        tile = sheet[top : top + 11 * ZOOM : ZOOM, left : left + 11 * ZOOM : ZOOM]
+        tile = sheet[
+            top : top + 11 * PIXELS_PER_WEIGHT : PIXELS_PER_WEIGHT,
+            left : left + 11 * PIXELS_PER_WEIGHT : PIXELS_PER_WEIGHT,
+        ]
         assert (tile == kernel_colors(kernels[k : k + 1])[0]).all()
     assert (sheet[step - GAP : step] == 1).all() and (sheet[:, step - GAP : step] == 1).all()
     assert kernel_sheet(kernels[:5]).shape == (step - GAP, 5 * step - GAP, 3)
@@ -213,17 +238,21 @@ def test_columns_stand_above_each_other_with_their_names_and_mean_selectivity(
     tmp_path, counts: tuple[int, ...]
 ) -> None:
     columns = [torch.randn(count, 3, 11, 11) for count in counts]
-    figure = draw_kernels(columns, tmp_path / "kernels.png")
+    figure = draw_kernels(columns, tmp_path / "kernels.png", note="A note\nof two lines")
     boxes = [axes.get_position() for axes in figure.axes]
     assert len(boxes) == len(counts) and all(
         upper.y0 > lower.y1 for upper, lower in pairwise(boxes)
     )
     texts = [text.get_text() for text in figure.texts]
     for number, kernels in enumerate(columns):
-        assert f"column {number}: {counts[number]} kernels of 11 × 11" in texts
-        assert texts[2 * number + 1].startswith(
-            f"color selectivity {color_selectivity(kernels).mean():.2f} on average"
-        )
+        mean = color_selectivity(kernels).mean()
+        assert texts[2 * number] == f"column {number}: {counts[number]} kernels of 11 × 11"
+        assert texts[2 * number + 1] == f"color selectivity {mean:.2f} on average"
+    assert texts[2 * len(counts) :] == [EXPLANATION, "A note", "of two lines"]
+    page = figure.bbox
+    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for _, box in extents(figure))
+    bottoms = [box.y0 for _, box in extents(figure)]
+    assert bottoms == sorted(bottoms, reverse=True) and bottoms[-1] > 0
     for axes, kernels in zip(figure.axes, columns, strict=True):
         assert axes.images[0].get_array().shape == kernel_sheet(kernels).shape
     with pytest.raises(ValueError, match="no kernels"):
@@ -256,15 +285,15 @@ def test_predictions_show_the_five_best_from_the_top_and_the_right_one_in_anothe
     assert bars(first_bars) == [
         (pytest.approx(p), color, name)
         for p, color, name in [
-            (0.4, OTHER, "b"),
-            (0.2, RIGHT, "d"),
-            (0.15, OTHER, "e"),
-            (0.1, OTHER, "c"),
-            (0.1, OTHER, "f"),
+            (0.4, OTHER_COLOR, "b"),
+            (0.2, CORRECT_COLOR, "d"),
+            (0.15, OTHER_COLOR, "e"),
+            (0.1, OTHER_COLOR, "c"),
+            (0.1, OTHER_COLOR, "f"),
         ]
     ]
     assert [color for _, color, _ in bars(second_bars)] == [
-        OTHER
+        OTHER_COLOR
     ] * 5  # the right one is not among them
     assert first_bars.yaxis_inverted() and first_bars.get_position().y1 < first.get_position().y0
     for axes, image in ((first, images[0]), (second, images[1])):
@@ -305,7 +334,7 @@ def test_neighbors_stand_in_order_right_of_their_image_and_those_of_its_class_ar
             assert (axes.images[0].get_array() == found[n, k].permute(1, 2, 0).numpy()).all()
             spine = axes.spines["left"]
             assert (
-                spine.get_visible() and to_rgba(spine.get_edgecolor()) == to_rgba(RIGHT)
+                spine.get_visible() and to_rgba(spine.get_edgecolor()) == to_rgba(CORRECT_COLOR)
             ) == bool(theirs[n, k] == labels[n])
         assert all(
             right.get_position().x0 > left.get_position().x1 for left, right in pairwise(row)
@@ -391,25 +420,25 @@ def test_any_run_may_be_compared_whatever_its_name(tmp_path) -> None:
 
 
 def test_a_name_fits_is_on_one_line_and_shows_what_no_font_has_as_its_code(monkeypatch) -> None:
-    assert legible("cat", 2, 8) == "cat" and legible(" a\tb\n c ", 2, 8) == "a b c"
-    assert legible("$x_1$", 2, 8) == r"\$x_1\$"
-    assert legible("bad\udcff", 2, 8) == r"bad\udcff"
-    short = legible("W" * 60, 1, 8)
+    assert fit_text("cat", 2, 8) == "cat" and fit_text(" a\tb\n c ", 2, 8) == "a b c"
+    assert fit_text("$x_1$", 2, 8) == r"\$x_1\$"
+    assert fit_text("bad\udcff", 2, 8) == r"bad\udcff"
+    short = fit_text("W" * 60, 1, 8)
     assert short.endswith("…") and set(short[:-1]) == {"W"} and 5 < len(short) < 12
-    assert legible("i" * 20, 1, 8) == "i" * 20  # narrow letters take less room
-    monkeypatch.setattr(lettering, "OTHER_SCRIPTS", ())
-    lettering._fonts.cache_clear()
-    assert legible("猫", 2, 8) == r"\u732b" and legible("\U000e0001", 2, 8) == r"\U000e0001"
+    assert fit_text("i" * 20, 1, 8) == "i" * 20  # narrow letters take less room
+    monkeypatch.setattr(fonts, "FONTS_OF_OTHER_SCRIPTS", ())
+    fonts._fonts.cache_clear()
+    assert fit_text("猫", 2, 8) == r"\u732b" and fit_text("\U000e0001", 2, 8) == r"\U000e0001"
     ours, theirs = (
         set(get_font(findfont(name)).get_charmap()) for name in ("DejaVu Sans", "STIXGeneral")
     )
     only = next(chr(code) for code in sorted(theirs - ours) if chr(code).isprintable())
-    assert legible(only, 2, 8) == f"\\u{ord(only):04x}"
+    assert fit_text(only, 2, 8) == f"\\u{ord(only):04x}"
     monkeypatch.setattr(
-        lettering, "OTHER_SCRIPTS", ("STIXGeneral",)
+        fonts, "FONTS_OF_OTHER_SCRIPTS", ("STIXGeneral",)
     )  # a font that every machine has, in the role of another script's
-    lettering._fonts.cache_clear()
-    assert legible(only, 2, 8) == only and lettering.families() == ["DejaVu Sans", "STIXGeneral"]
+    fonts._fonts.cache_clear()
+    assert fit_text(only, 2, 8) == only and fonts.font_families() == ["DejaVu Sans", "STIXGeneral"]
     draw_samples(random_images(1), torch.tensor([0]), [only]).canvas.draw()
     monkeypatch.undo()
-    lettering._fonts.cache_clear()
+    fonts._fonts.cache_clear()

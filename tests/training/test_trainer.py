@@ -52,7 +52,7 @@ def test_a_summed_loss_divided_by_the_batch_trains_as_the_mean_does() -> None:
     weights = []
     for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")):
         one = trainer()
-        one.criterion, one.summed = criterion, criterion.reduction == "sum"
+        one.criterion = criterion
         one.train(DataLoader(data, 4), DataLoader(data, 4), epochs=3)
         weights.append(one.model.weight.detach().clone())
     assert torch.allclose(*weights, rtol=1e-6)
@@ -93,7 +93,7 @@ def test_the_rate_halves_after_three_epochs_without_improvement_by_default() -> 
     one = trainer(patience=0, lr=1.0)
     for group in one.optimizer.param_groups:
         group["lr"] = 0.0  # no step: the validation loss never improves after the first epoch
-    one.schedule.plateau.best = -1.0
+    one.scheduler.best = -1.0
     one.optimizer.param_groups[0]["lr"] = 1e-3
     for _ in range(4):
         one.schedule.end_epoch(1.0)
@@ -101,17 +101,17 @@ def test_the_rate_halves_after_three_epochs_without_improvement_by_default() -> 
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_says_where() -> None:
-    one, data = trainer(), images(8)
+    data, model, before = images(8), nn.Linear(2, 3), None
     data.tensors[0][5] = float("inf")  # in the second batch
-    before = None
 
     class Recording(torch.optim.SGD):
         def step(self, closure=None):
             nonlocal before
             super().step(closure)
-            before = one.model.weight.detach().clone()
+            before = model.weight.detach().clone()
 
-    one.optimizer = Recording(one.model.parameters(), lr=0.1)
+    optimizer = Recording(model.parameters(), lr=0.1)
+    one = Trainer(model, nn.CrossEntropyLoss(), optimizer, "cpu", verbose=False)
     with pytest.raises(NonFiniteError, match=r"step 2 \(epoch 1\).*lr 0.1"):
         one.train(DataLoader(data, 4), DataLoader(images(4), 4), epochs=1)
     assert torch.equal(one.model.weight, before)

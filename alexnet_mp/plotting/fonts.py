@@ -1,4 +1,7 @@
-"""Names from outside, such as those of class folders, made fit for a figure: matplotlib warns of or stumbles over some of them."""
+"""Makes names from outside, such as those of class folders, fit for a figure.
+
+matplotlib takes a dollar sign for mathematics and warns of letters that a font does not have.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from functools import cache
 from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.ft2font import FT2Font
 
-FIRST = "DejaVu Sans"  # comes with matplotlib
+DEFAULT_FONT = "DejaVu Sans"  # comes with matplotlib
 DOLLAR = "\\$"  # a bare one begins mathematics
-OTHER_SCRIPTS = (
+FONTS_OF_OTHER_SCRIPTS = (
     "Noto Sans CJK JP",
     "Noto Sans CJK SC",
     "Noto Sans CJK KR",
@@ -35,23 +38,26 @@ OTHER_SCRIPTS = (
 
 @cache
 def _fonts() -> dict[str, tuple[FT2Font, frozenset[int]]]:
-    """The fonts for `families`, those of other scripts as far as this machine has them, with the characters that each can draw."""
+    """The installed fonts by family, the default first, with the code points that each can draw."""
     installed = set(fontManager.get_font_names())
     fonts = {
         name: get_font(findfont(name))
-        for name in (FIRST, *OTHER_SCRIPTS)
-        if name == FIRST or name in installed
+        for name in (DEFAULT_FONT, *FONTS_OF_OTHER_SCRIPTS)
+        if name == DEFAULT_FONT or name in installed
     }
     return {name: (font, frozenset(font.get_charmap())) for name, font in fonts.items()}
 
 
-def families() -> list[str]:
-    """Font families for a text that `legible` has made: the first that has a letter draws it."""
+def font_families() -> list[str]:
+    """The font families for a text made by `fit_text`: the first that has a character draws it."""
     return list(_fonts())
 
 
-def legible(text: str, inches: float, size: float) -> str:
-    """`text` on one line, no wider than `inches` at `size` points, without mathematics; what no font has stands as its code (\\u732b)."""
+def fit_text(text: str, inches: float, size: float) -> str:
+    """`text` on one line, cut to `inches` at `size` points, and safe for matplotlib.
+
+    Dollar signs are escaped. A character that no font has becomes its code, such as \\u732b.
+    """
     pieces = [_piece(character) for character in " ".join(text.split())]
     widths = [_width(piece) * size / 72 for piece in pieces]
     if sum(widths) <= inches:
@@ -73,7 +79,7 @@ def _piece(character: str) -> str:
 
 
 def _width(piece: str) -> float:
-    """In ems, that is, in units of the letters' size."""
+    """The width of `piece` in ems, that is, in units of the font size."""
     total = 0.0
     for character in "$" if piece == DOLLAR else piece:
         font = next(font for font, known in _fonts().values() if ord(character) in known)

@@ -1,0 +1,96 @@
+"""The batches of one epoch, for the trainer: from the step on at which it was left, prepared one ahead, with progress shown."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+from alexnet_mp.config.progress import progress
+from alexnet_mp.training.input_checks import length_of
+
+REFRESH = 1.0
+"""Seconds between two looks at the loss for a progress bar: each waits for the device."""
+
+_END, _NOT_ASKED = object(), object()  # a loader may give None
+
+
+class EpochBatches:
+    """Iterates over one epoch of `loader`, whose first `done` batches have been trained on.
+
+        for batch in batches:
+            ...                      # forward, backward
+            batches.prefetch()       # the next batch is prepared while the ranks' flags are on their way
+            ...                      # update
+
+    `done` is 0 where the loader cannot leave out batches: then the epoch begins again. `length` is None where the
+    loader has none, as over an IterableDataset. `describe` gives the text behind the progress.
+    """
+
+    def __init__(
+        self, loader: Any, epoch: int, done: int, describe: Callable[[], str], show: bool
+    ) -> None:
+        self.length = length_of(loader)
+        whole = done == self.length
+        skips = set_epoch(loader, epoch, done)
+        self.done = done if skips or whole else 0
+        self._describe, self._shown_at = describe, time.monotonic()
+        self._progress = progress(
+            () if whole and not skips else loader,
+            total=self.length,
+            description=f"epoch {epoch + 1}",
+            unit="steps",
+            enabled=show,
+            initial=self.done,
+        )
+        self._progress.set_postfix(describe)
+        self._iterator = iter(self._progress)
+        self._next = next(self._iterator, _END)
+
+    @property
+    def upcoming(self) -> Any:
+        """The next batch, after `prefetch`."""
+        return self._next
+
+    @property
+    def at_end(self) -> bool:
+        """Whether there are no more batches, after `prefetch`."""
+        return self._next is _END
+
+    def fraction(self, batch: int) -> float:
+        """The part of the epoch that lies before its batch number `batch`; 0 where the length is not known."""
+        return batch / self.length if self.length else 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self._next is not _END:
+            batch, self._next = self._next, _NOT_ASKED
+            yield batch
+            if self._next is _NOT_ASKED:
+                self.prefetch()
+
+    def prefetch(self) -> None:
+        """Gets the next batch from the loader."""
+        self._next = next(self._iterator, _END)
+        if (now := time.monotonic()) - self._shown_at > REFRESH:
+            self._shown_at = now
+            self._progress.set_postfix(self._describe)
+
+    def close(self) -> None:
+        """Ends the progress and the loader's iterator."""
+        if isinstance(self._iterator, Generator):
+            self._iterator.close()
+        self._progress.close()
+
+
+def set_epoch(loader: Any, epoch: int, skip: int) -> bool:
+    """Tells `loader`, or its sampler, which epoch comes, as shuffling needs it. Returns whether it leaves out `skip` batches."""
+    if callable(method := getattr(loader, "set_epoch", None)):
+        skips = len(inspect.signature(method).parameters) > 1
+        method(*(epoch, skip)[: 1 + skips])
+        return skips
+    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if callable(method := getattr(sampler, "set_epoch", None)):
+            method(epoch)
+            break
+    return False
