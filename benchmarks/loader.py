@@ -220,7 +220,7 @@ def our_packing(folder: Path, target: Path) -> Callable[[], int]:
         shutil.rmtree(target, ignore_errors=True)
         listing = list_split(folder)
         pack_split(listing, target, Packing(workers=1), with_sums=True)
-        return len(listing.files)
+        return len(listing)
 
     return run
 

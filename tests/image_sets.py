@@ -8,6 +8,7 @@ from PIL import Image
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Splits, Store, dataset_packer, load, shard_writer, store_format
+from alexnet_mp.data.folder_layout import list_source
 
 
 def random_store(count: int = 40, side: int = 12, classes: int = 4, seed: int = 0) -> Store:
@@ -75,7 +76,7 @@ def pack_slowly(source: str, store: str, ready: object) -> None:
         2,
         lambda file: (time.sleep(0.002), read(file))[1],
     )
-    listings = dataset_packer.list_source(Path(source))
+    listings = list_source(Path(source))
     ready.send(True)
     dataset_packer.pack(
         listings, Path(store), shard_writer.Packing(workers=2), say=lambda text: None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from alexnet_mp.config.model import LAYERS, ModelConfig, check, check_not_negative
+from alexnet_mp.config.renamed import with_current_names
 
 __all__ = ["LAYERS", "Config", "DataConfig", "ModelConfig", "RecipeConfig", "RunConfig"]
 
@@ -34,6 +35,8 @@ class DataConfig:
     """Likewise for the test split."""
     validation_share: float = 0.1
     """Class-balanced share of the training images held out for validation, where the set has no split of its own."""
+    validation: Literal["held-out", "val"] = "held-out"
+    """Where a set has one split beside train, the test split. held-out: validate on a share of train. val: train on all of train and validate on the test images, as the paper and the 2012 source do."""
     stored_side: int = 256
     """Side of the stored images that the crop is scaled to (P 2)."""
     crop_of: int = 227
@@ -224,11 +227,17 @@ class Config:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Config:
-        """The inverse of `to_dict`. Raises ValueError where a field is unknown or refused."""
+        """The inverse of `to_dict`; names and values of earlier versions are brought up to date.
+
+        Raises ValueError where a field is unknown or refused.
+        """
         try:
             parts = {
                 name: kind(
-                    **{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()}
+                    **{
+                        k: tuple(v) if isinstance(v, list) else v
+                        for k, v in with_current_names(values[name]).items()
+                    }
                 )
                 for name, kind in (
                     ("model", ModelConfig),

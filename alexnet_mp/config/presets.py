@@ -28,6 +28,7 @@ def paper() -> Config:
             mean="image-aligned",
             color_noise=0.1,
             color_unit="eigenvalue",  # P 2; P 4.1
+            validation="val",  # P 6: trained on all training images, reported on val
         ),
     )
 

@@ -9,10 +9,10 @@ import torch
 
 from alexnet_mp.config import Config
 from alexnet_mp.data.datasets import Splits, load, load_split
-from alexnet_mp.data.decode import try_read
+from alexnet_mp.data.decode import resize, try_read
 from alexnet_mp.data.loader import Batch, Loader
 from alexnet_mp.data.statistics import Statistics
-from alexnet_mp.data.store import Store, resize
+from alexnet_mp.data.store import Store
 from alexnet_mp.data.transforms import Augment, AugmentParams, needs_statistics
 
 __all__ = [

@@ -16,77 +16,22 @@ from tqdm.auto import tqdm
 
 from alexnet_mp.config.files import remove_leftovers, sync_folder, write_atomically
 from alexnet_mp.config.folder_lock import LOCK_NAME, FolderLock
-from alexnet_mp.data import image_folder, store_format
+from alexnet_mp.data import store_format
 from alexnet_mp.data.decode import SIDE
-from alexnet_mp.data.image_folder import SPLITS, Listing
+from alexnet_mp.data.folder_layout import SPLITS, Split
+from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.shard_writer import Packing, decoded, pack_split, packed_files, quiet
-from alexnet_mp.data.val_labels import read_labels
 from alexnet_mp.ops.cpu_cores import available_cores
 
 UNFINISHED = "unfinished.json"
 """In a store's folder while it is being packed, and after that was interrupted."""
 JPEG_BYTES = 45_000
 """Of a 256-pixel JPEG, rather too many: what room is asked for before it is known."""
-ILSVRC = ("", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
-"""Where train and val may lie in what ImageNet's archives unpack to."""
-
 Say = Callable[[str], None]
 
 
-def list_source(
-    source: Path, val_labels: Path | None = None, val_synsets: Path | None = None, say: Say = print
-) -> dict[str, Listing]:
-    """Train, val and test of `source`, those that there are. ValueError or FileNotFoundError naming the folder, flag or file."""
-    if not source.is_dir():
-        raise FileNotFoundError(f"SOURCE {source}: no such folder")
-    root = next((source / name for name in ILSVRC if (source / name / "train").is_dir()), None)
-    if root is None:
-        raise FileNotFoundError(
-            f"SOURCE {source}: no folder train in it; expected train/CLASS/, and val or test or both likewise, "
-            "or ImageNet's ILSVRC/Data/CLS-LOC"
-        )
-    listings = {"train": image_folder.list_split(root / "train", flag="SOURCE")}
-    classes = listings["train"].classes
-    if val_labels is not None:
-        if not (root / "val").is_dir():
-            raise ValueError(f"--val-labels {val_labels}: there is no folder {root / 'val'}")
-        labels = read_labels(val_labels, root / "val", classes, val_synsets)
-        listings["val"] = image_folder.list_flat(root / "val", classes, labels, val_labels)
-    elif val_synsets is not None:
-        raise ValueError(
-            f"--val-synsets {val_synsets}: says what the numbers in --val-labels FILE mean, which is not given"
-        )
-    for name in SPLITS[1:]:
-        if name in listings or not (root / name).is_dir():
-            continue
-        if (
-            name == "test"
-            and root.name == "CLS-LOC"
-            and not any(entry.is_dir() for entry in os.scandir(root / name))
-        ):
-            say(f"{root / name}: left out, ImageNet gives no labels for its test images")
-            continue
-        listings[name] = image_folder.list_split(root / name, classes, flag="SOURCE")
-    if len(listings) == 1:
-        raise FileNotFoundError(
-            f"SOURCE {root}: no folder val or test in it, and training needs one"
-        )
-    return listings
-
-
-def tell(listings: Mapping[str, Listing], say: Say) -> None:
-    """Says what surprises about the splits and what was left out of them."""
-    ignored = image_folder.Ignored()
-    for listing in listings.values():
-        ignored.add(listing.ignored)
-        for note in listing.notes:
-            say(f"note: {note}")
-    if str(ignored):
-        say(f"{listings['train'].folder.parent}: ignored {ignored}")
-
-
 def pack(
-    listings: Mapping[str, Listing],
+    listings: Mapping[Split, Listing],
     store: Path,
     packing: Packing,
     command: str = "",
@@ -98,9 +43,9 @@ def pack(
     A store that was begun is finished; one that is complete and of the same files is left alone. ValueError where STORE holds
     something else, where it would not fit onto the disk, or where another process is packing into it, unless it shall `wait`.
     """
-    started, count = time.perf_counter(), sum(len(listing.files) for listing in listings.values())
+    started, count = time.perf_counter(), sum(len(listing) for listing in listings.values())
     plan = {
-        "source": str(listings["train"].folder.parent.resolve()),
+        "source": os.path.commonpath([listing.folder.resolve() for listing in listings.values()]),
         "encode": packing.encode,
         "splits": list(listings),
     }
@@ -127,18 +72,18 @@ def pack(
     }
 
 
-def check(listings: Mapping[str, Listing], packing: Packing) -> dict[str, Any]:
+def check(listings: Mapping[Split, Listing], packing: Packing) -> dict[str, Any]:
     """Opens and decodes every file, writes nothing, and returns a report like that of `pack`, with what cannot be read under "skipped"."""
     splits = {}
     for name, listing in listings.items():
         bar = tqdm(
-            total=len(listing.files),
+            total=len(listing),
             desc=f"checking {name}",
             unit=" images",
             leave=False,
             disable=None if packing.progress else True,
         )
-        numbers = {k: rows for k, rows in enumerate(store_format.blocks(len(listing.files)))}
+        numbers = {k: rows for k, rows in enumerate(store_format.blocks(len(listing)))}
         skipped, small = [], 0
         with bar, quiet():
             for number, images, _ in decoded(listing, numbers, packing, False, bar):
@@ -149,7 +94,7 @@ def check(listings: Mapping[str, Listing], packing: Packing) -> dict[str, Any]:
                     if isinstance(image, str)
                 ]
         splits[name] = _summary(listing, {"skipped": skipped}) | {
-            "images": len(listing.files) - len(skipped),
+            "images": len(listing) - len(skipped),
             "smaller_than_256": small,
         }
     return {"splits": splits}
@@ -211,7 +156,7 @@ def _sides(header: Mapping[str, Any]) -> Counter[int]:
     return sides
 
 
-def _check_begun(store: Path, plan: Mapping[str, Any], listings: Mapping[str, Listing]) -> None:
+def _check_begun(store: Path, plan: Mapping[str, Any], listings: Mapping[Split, Listing]) -> None:
     """ValueError unless `store` is new, empty, or one that this plan began or finished."""
     if not store.exists():
         return
@@ -238,7 +183,9 @@ def _check_begun(store: Path, plan: Mapping[str, Any], listings: Mapping[str, Li
                 f"STORE {store}: is complete, and packed from other files than those of {plan['source']}; "
                 "delete it, or name another folder"
             )
-        begun = {"encode": store_format.read_header(store / "train").get("encode", "raw")}
+        begun = {
+            "encode": store_format.read_header(store / next(iter(listings))).get("encode", "raw")
+        }
     for key, value in plan.items():
         if key in begun and begun[key] != value:
             old, new = (

@@ -1,59 +1,58 @@
-"""Where images come from: every source ends as three stores.
+"""Loads a data set: chooses the source, and makes training, validation and test of its splits.
 
-What has to be downloaded, generated or packed is made once, by one rank of a host, in a cache on disk that every rank then opens.
+Start here: a source (generated, downloaded, folder or store) opens stores, one for each split.
+What a set lacks is held out from its training images.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import hashlib
-import io
-import warnings
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from torchvision import datasets
-from tqdm.auto import tqdm
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.config.seeds import combine
-from alexnet_mp.data import dataset_packer, image_folder, synthetic
-from alexnet_mp.data.cache import RunOncePerHost, cache_folder, cached
-from alexnet_mp.data.shard_writer import Packing
+from alexnet_mp.data.cache import RunOncePerHost
+from alexnet_mp.data.downloads import Cifar10, FashionMnist
+from alexnet_mp.data.folder_layout import EXPECTED, SPLITS, Split
+from alexnet_mp.data.packed_sets import ImageFolder, PackedStore
+from alexnet_mp.data.source import Request, Source
 from alexnet_mp.data.store import Store
-from alexnet_mp.data.store_format import VERSION, Writer, read_header
+from alexnet_mp.data.synthetic import Shapes
 from alexnet_mp.data.transforms import needs_statistics
 
-DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
-FASHION_CLASSES = (
-    "T-shirt/top",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
-FASHION_FILES = tuple(
-    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-)
+SOURCES: Mapping[str, Callable[[Request], Source]] = {
+    "shapes": Shapes,
+    "cifar10": Cifar10,
+    "fashion-mnist": FashionMnist,
+    "folder": ImageFolder,
+    "store": PackedStore,
+}
+TEST_SEED = 0
+"""Held-out test images are the same for every --seed: members of an ensemble never train on them."""
+SHARES = {0.5: "half", 0.25: "a quarter", 0.2: "a fifth", 0.1: "a tenth"}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test images, none in common."""
+    """Training, validation and test images; none in common, unless validation is the test images."""
 
     train: Store
     val: Store
     test: Store
+    validation: str = "own split"
+    """Where val comes from: own split, held out from train, or test images."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of a split: all of one of the source's splits, or a share of train."""
+
+    source: Split
+    share: Literal["all", "train", "test", "validation"] = "all"
+    """test, validation: the share of train that is held out for it. train: what then remains."""
 
 
 def load(
@@ -65,36 +64,36 @@ def load(
 ) -> Splits:
     """The splits of `config.data`. Every rank calls it and gets the same.
 
-    `side` is what the caller will resize to (`config.resized_side(image_size)`): generated images are then cached no larger, and
-    statistics that take long are measured by one rank. It changes no pixel that the network sees. None: full size.
+    `side` is what the caller will resize to (`config.resized_side(image_size)`): generated images
+    are then cached no larger, and statistics that take long are measured by one rank. It changes
+    no pixel that the network sees. None: full size.
+
     Raises ValueError or FileNotFoundError with one line that names the flag or file.
     """
-    load_source = {
-        "shapes": _shapes,
-        "cifar10": _cifar10,
-        "fashion-mnist": _fashion_mnist,
-        "folder": _folder,
-        "store": _store,
-    }[config.data]
-    train, val, test = load_source(_Request(config, seed, run_once_per_host, progress, side))
-    if val is None:
-        train, val = hold_out(train, config.validation_share, seed)
-    splits = Splits(
-        *(
-            _limited(store, getattr(config, f"limit_{name}"), name, seed)
-            for store, name in ((train, "train"), (val, "val"), (test, "test"))
-        )
-    )
+    request = Request(config, seed, run_once_per_host, progress, side)
+    source = SOURCES[config.data](request)
+    parts = assign(source.splits, config.validation)
+    found = _open(request, source, parts, SPLITS)
+    for name, store in found.items():
+        if store.classes != found["train"].classes:
+            odd = sorted(set(store.classes) ^ set(found["train"].classes)) or ["their order"]
+            raise ValueError(
+                f"--data-dir {config.data_dir}: the classes of {name} are not those of train: "
+                f"{odd[0]} differs"
+            )
+    splits = Splits(**found, validation=_validation(parts))
     if side is not None and needs_statistics(config) and splits.train.path is not None:
-        run_once_per_host(
-            lambda: _ignore(splits.train.statistics(side))
-        )  # kept in the store's folder, where the other ranks find them
+
+        def measure() -> None:  # it stays in the store's folder, where the other ranks find it
+            splits.train.statistics(side)
+
+        run_once_per_host(measure)
     return splits
 
 
 def load_split(
     config: DataConfig,
-    split: Literal["train", "val", "test"],
+    split: Split,
     seed: int,
     run_once_per_host: RunOncePerHost = lambda work: work(),
     progress: bool = False,
@@ -105,15 +104,36 @@ def load_split(
     Only the folder that the split comes from is needed and packed: measuring on test needs no
     training images. Raises as `load` does.
     """
-    return getattr(load(config, seed, run_once_per_host, progress, side), split)
+    request = Request(config, seed, run_once_per_host, progress, side)
+    source = SOURCES[config.data](request)
+    return _open(request, source, assign(source.splits, config.validation), (split,))[split]
 
 
-def hold_out(store: Store, share: float, seed: int) -> tuple[Store, Store]:
-    """Splits off `share` of each class's images, chosen by `seed`: (the rest, the share), each in stored order.
+def assign(available: Sequence[Split], validation: str) -> dict[Split, Part]:
+    """Which images train, validate and test, given the splits that a set has.
 
-    A class gives at least one image, unless it has only one. ValueError if nothing is given.
+    With val and test, both are what they say. With one of them, that is the test split, and
+    validation is held out from train, or with `validation` "val" is the test images too, as in
+    the paper and the 2012 source. With neither, a share of train is held out for the test.
     """
-    rng = np.random.default_rng(combine(seed, "validation"))
+    others: list[Split] = [split for split in ("val", "test") if split in available]
+    test = Part(others[-1]) if others else Part("train", "test")
+    if len(others) == 2:
+        val = Part("val")
+    else:
+        val = test if validation == "val" else Part("train", "validation")
+    return {"train": Part("train", "train"), "val": val, "test": test}
+
+
+def hold_out(
+    store: Store, share: float, seed: int, purpose: str = "validation"
+) -> tuple[Store, Store]:
+    """Splits off `share` of each class's images, chosen by `seed`: (the rest, the share).
+
+    Both are in stored order. A class gives at least one image, unless it has only one. ValueError
+    if nothing is given.
+    """
+    rng = np.random.default_rng(combine(seed, purpose))
     chosen = np.zeros(len(store), bool)
     for label in range(len(store.classes)):
         mine = np.flatnonzero(store.labels == label)
@@ -121,269 +141,69 @@ def hold_out(store: Store, share: float, seed: int) -> tuple[Store, Store]:
         chosen[rng.permutation(mine)[: max(count, 0)]] = True
     if not chosen.any():
         raise ValueError(
-            f"--validation-share {share}: no class has two images to share between training and validation; "
-            "give val and test folders of their own"
+            f"--validation-share {share}: no class has two images to share between training and "
+            f"{purpose}; give val and test folders of their own"
         )
     return store.subset(np.flatnonzero(~chosen)), store.subset(np.flatnonzero(chosen))
 
 
-def _limited(store: Store, limit: int, name: str, seed: int) -> Store:
-    """`limit` images chosen by `seed`, in stored order, in which a disk reads fastest."""
-    if limit > len(store):
-        raise ValueError(
-            f"--limit-{name} {limit}: there are {len(store)} images in the {name} split; 0 takes all"
-        )
-    if not limit:
-        return store
-    chosen = np.random.default_rng(combine(seed, "limit", name)).permutation(len(store))[:limit]
-    return store.subset(np.sort(chosen))
-
-
-def _ignore(value: object) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class _Request:
-    config: DataConfig
-    seed: int
-    run_once_per_host: RunOncePerHost
-    progress: bool
-    side: int | None
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.config.data_dir).expanduser()
-
-    def print_rank0(self, text: str) -> None:
-        if self.progress:
-            print(text, flush=True)
-
-
-_Three = tuple[Store, Store | None, Store]
-
-
-def _open_splits(path: Path) -> _Three:
-    """The stores in PATH/train and PATH/val, PATH/test: where only one of the two is there, it is the test split."""
-    train, others = (
-        Store.open(path / "train"),
-        [Store.open(path / name) for name in ("val", "test") if (path / name).is_dir()],
-    )
-    for store in others:
-        if store.classes != train.classes:
-            odd = sorted(set(store.classes) ^ set(train.classes)) or ["the order"]
-            raise ValueError(
-                f"{store.path}: its classes are not those of {path / 'train'}: {odd[0]} differs"
+def _open(
+    request: Request, source: Source, parts: Mapping[Split, Part], wanted: Sequence[Split]
+) -> dict[Split, Store]:
+    """The `wanted` splits, limited as the configuration says; prints where they come from."""
+    config = request.config
+    needed = [split for split in SPLITS if split in {parts[name].source for name in wanted}]
+    for name in wanted:
+        if (lacking := parts[name].source) not in source.splits:
+            reason = "" if name == lacking else f", and {name} would be held out from it"
+            raise FileNotFoundError(
+                f"--data-dir {request.directory}: no folder {lacking} in it{reason}; "
+                f"expected {EXPECTED}"
             )
-    return train, others[0] if len(others) == 2 else None, others[-1]
+    origins = [_origin(name, source, parts, config) for name in wanted]
+    if any(origins):
+        request.print_rank0("; ".join(origins))
+    stores = source.open(needed)
+    held = _held_out(stores["train"], parts, config, request.seed) if "train" in stores else {}
+    found: dict[Split, Store] = {}
+    for name in wanted:
+        part = parts[name]
+        store = stores[part.source] if part.share == "all" else held[part.share]
+        rows = request.chosen(name, len(store))
+        found[name] = store if len(rows) == len(store) else store.subset(rows)
+    return found
 
 
-# ---- the sources -----------------------------------------------------------------------------------------------------------
+def _held_out(
+    train: Store, parts: Mapping[Split, Part], config: DataConfig, seed: int
+) -> dict[str, Store]:
+    """The shares of `train` by their names, and what remains of it as "train"."""
+    held = {"train": train}
+    if parts["test"].share == "test":
+        held["train"], held["test"] = hold_out(train, config.validation_share, TEST_SEED, "test")
+    if parts["val"].share == "validation":
+        held["train"], held["validation"] = hold_out(held["train"], config.validation_share, seed)
+    return held
 
 
-def _shapes(request: _Request) -> _Three:
-    side, count = (
-        min(synthetic.SIDE, request.side or synthetic.SIDE),
-        sum(synthetic.COUNTS.values()),
-    )
-
-    def build(path: Path) -> None:
-        bar = tqdm(
-            total=count,
-            desc="shapes",
-            unit=" images",
-            leave=False,
-            disable=None if request.progress else True,
-        )
-        with bar:
-            for split in synthetic.COUNTS:
-                with Writer(path / split, synthetic.CLASSES) as writer:
-                    for image, label in synthetic.generate(request.seed, split, side):
-                        writer.add(image, label)
-                        bar.update()
-
-    name = f"shapes-{request.seed}-{synthetic.VERSION}-{side}px-store{VERSION}"
-    what = f"drawing {count:,} images of {len(synthetic.CLASSES)} shapes"
-    return _open_splits(
-        cached(
-            name,
-            build,
-            what,
-            count,
-            request.directory,
-            request.run_once_per_host,
-            request.print_rank0,
-        )
-    )
+def _validation(parts: Mapping[Split, Part]) -> str:
+    if parts["val"] == parts["test"]:
+        return "test images"
+    return "own split" if parts["val"].share == "all" else "held out from train"
 
 
-def _cifar10(request: _Request) -> _Three:
-    kind, root = datasets.CIFAR10, str(request.directory)
-
-    def read(train: bool) -> datasets.CIFAR10:
-        with warnings.catch_warnings():  # NumPy warns of the pickles' age
-            warnings.simplefilter("ignore")
-            return kind(root, train)
-
-    def work() -> None:
-        with contextlib.suppress(RuntimeError):
-            _ignore(read(False))
-            return
-        request.print_rank0(f"downloading CIFAR-10 into {root}")
-        _download(
-            lambda: kind(root, True, download=True),
-            kind.url,
-            root,
-            f"put {kind.filename} there yourself",
-        )
-
-    request.run_once_per_host(work)
-    train, test = (
-        Store(
-            [np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))],
-            np.array(part.targets),
-            part.classes,
-        )
-        for part in (read(True), read(False))
-    )
-    return train, None, test
-
-
-def _fashion_mnist(request: _Request) -> _Three:
-    places = (request.directory, request.directory / "FashionMNIST" / "raw", DEBIAN_FASHION)
-
-    def find() -> list[Path] | None:
-        for place in places:
-            files = [
-                next((p for p in (place / (name + ".gz"), place / name) if p.is_file()), None)
-                for name in FASHION_FILES
-            ]
-            if all(files):
-                return files
-        return None
-
-    def work() -> None:
-        if find() is None:
-            request.print_rank0(f"downloading Fashion-MNIST into {request.directory}")
-            names = " ".join(name + ".gz" for name in FASHION_FILES)
-            _download(
-                lambda: datasets.FashionMNIST(str(request.directory), download=True),
-                datasets.FashionMNIST.mirrors[0],
-                str(request.directory),
-                f"put {names} there, or apt-get install dataset-fashion-mnist",
-            )
-
-    request.run_once_per_host(work)
-    files = find()
-    if files is None:
-        raise FileNotFoundError(
-            f"--data-dir {request.directory}: no Fashion-MNIST here, though another rank of this host has it"
-        )
-    images, labels, test_images, test_labels = (_read_idx(file) for file in files)
-    train, test = (
-        Store([np.repeat(gray[:, None], 3, axis=1)], numbers, FASHION_CLASSES)
-        for gray, numbers in ((images, labels), (test_images, test_labels))
-    )
-    return train, None, test
-
-
-def _download(fetch: Callable[[], object], url: str, root: str, remedy: str) -> None:
-    """torchvision's download, quietly. It checks what it got by MD5, at every start, so a half of a file is fetched again."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            fetch()
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"--data-dir {root}: not there, and {url} cannot be downloaded ({reason[0]}); {remedy}, or use --data shapes"
-        ) from None
-
-
-def _read_idx(file: Path) -> np.ndarray:
-    """The uint8 array of an idx file (two zeros, type 8, number of axes, sizes, values), packed by gzip or not."""
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        axes = content[3]
-        shape = np.frombuffer(content, ">u4", axes, 4).astype(int)
-        if content[:3] != b"\0\0\x08":
-            raise ValueError
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, zlib.error):
-        raise ValueError(
-            f"{file}: damaged, or not one of Fashion-MNIST's files; delete it and get it again"
-        ) from None
-
-
-def _folder(request: _Request) -> _Three:
-    directory = request.directory.resolve()
-    _expect(
-        request.directory,
-        "train, and val or test or both, each with a folder of images for every class",
-    )
-    listings = {"train": image_folder.list_split(directory / "train")}
-    for name in ("val", "test"):
-        if (directory / name).is_dir():
-            listings[name] = image_folder.list_split(directory / name, listings["train"].classes)
-    where = hashlib.blake2b(
-        str(directory).encode(errors="surrogateescape"), digest_size=6
-    ).hexdigest()
-    content = [(name, listing.digest()) for name, listing in listings.items()]
-    fingerprint = hashlib.blake2b(
-        repr((VERSION, request.config.on_error, content)).encode(), digest_size=6
-    ).hexdigest()
-    dataset_packer.tell(listings, request.print_rank0)
-
-    def build(path: Path) -> None:
-        for old in sorted((cache_folder() or path.parent).glob(f"folder-{where}-*")):
-            request.print_rank0(
-                f"{directory} has changed since it was packed into {old}, which can be deleted"
-            )
-        dataset_packer.pack(
-            listings,
-            path,
-            Packing(on_error=request.config.on_error, progress=request.progress),
-            say=lambda text: None,
-            wait=True,
-        )
-
-    count = sum(len(listing.files) for listing in listings.values())
-    path = cached(
-        f"folder-{where}-{fingerprint}",
-        build,
-        f"packing {count:,} images of {directory}",
-        count,
-        request.directory,
-        request.run_once_per_host,
-        request.print_rank0,
-        unfinished=f".folder-{where}-{'-'.join(listings)}.unfinished",
-    )
-    for name in listings:
-        if skipped := read_header(path / name)["skipped"]:
-            request.print_rank0(
-                f"{directory / name}: left out {len(skipped):,} files that cannot be read: "
-                + "; ".join(f"{file}: {reason}" for file, reason in skipped[:3])
-                + ("; ..." if len(skipped) > 3 else "")
-            )
-    return _open_splits(path)
-
-
-def _store(request: _Request) -> _Three:
-    if command := dataset_packer.unfinished(request.directory):
-        raise ValueError(
-            f"--data-dir {request.directory}: packing was interrupted; finish it with: {command}"
-        )
-    _expect(request.directory, "stores named train, and val or test or both")
-    return _open_splits(request.directory)
-
-
-def _expect(directory: Path, what: str) -> None:
-    """FileNotFoundError unless DIRECTORY has train and at least one of val and test."""
-    if not directory.is_dir():
-        raise FileNotFoundError(f"--data-dir {directory}: no such folder; expected one with {what}")
-    if not (directory / "train").is_dir() or not any(
-        (directory / name).is_dir() for name in ("val", "test")
-    ):
-        lacking = "train" if not (directory / "train").is_dir() else "val or test"
-        raise FileNotFoundError(
-            f"--data-dir {directory}: no folder {lacking} in it; expected {what}"
-        )
+def _origin(name: Split, source: Source, parts: Mapping[Split, Part], config: DataConfig) -> str:
+    """Says where a split comes from, for the screen; empty where the source has it as expected."""
+    part, place = parts[name], source.describe(parts[name].source)
+    share = SHARES.get(config.validation_share, f"{config.validation_share:.3g}")
+    if not place:
+        return ""
+    if name == "val" and part == parts["test"]:
+        return "validation: the test images (--validation val)"
+    if part.share == "test":
+        return f"test: {share} of {place}, the same for every --seed"
+    if part.share == "validation":
+        rest = "the rest" if parts["test"].share == "test" else "train"
+        return f"validation: {share} of {rest}, chosen by --seed"
+    only = " (the only other split)" if name == "test" and part.source == "val" else ""
+    return f"{'validation' if name == 'val' else name}: {place}{only}"

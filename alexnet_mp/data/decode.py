@@ -1,8 +1,13 @@
-"""How an image file of any kind becomes a stored image: told by content, upright, square, never enlarged."""
+"""Decodes image files of any kind into stored images, and JPEG from and into bytes.
+
+The format is detected from the content; EXIF orientation is applied. A stored image is square,
+uint8 RGB, and never enlarged.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import threading
 from functools import cache
@@ -10,30 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from alexnet_mp.data import jpeg
-from alexnet_mp.data.store import resize
-
 SIDE = 256
+QUALITY = 95
 LARGE = 2**24
-"""Pixels of an image that is decoded while no other large one is: a thread for each would need gigabytes."""
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "GIF",
-    "WEBP",
-    "AVIF",
-    "TIFF",
-    "BMP",
-    "DIB",
-    "PPM",
-    "JPEG2000",
-    "HEIF",
-)
-"""What is tried. Pillow knows more, some without a mark of their own, one that starts another program on the file (EPS)."""
+"""Pixels from which only one image is decoded at a time: one a thread would need gigabytes."""
+FORMATS = tuple("JPEG MPO PNG GIF WEBP AVIF TIFF BMP DIB PPM JPEG2000 HEIF".split())
+"""The formats that are tried.
+
+Pillow knows more. Some of those cannot be told from their content, and one (EPS) starts another
+program on the file.
+"""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,12 +38,34 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What EXIF's orientation asks a reader to do."""
+"""What each EXIF orientation asks a reader to do."""
 _one_large = threading.Lock()
 
 
+def resize(images: Tensor, side: int) -> Tensor:
+    """uint8 (N, 3, s, s) -> uint8 (N, 3, side, side): bilinear, with antialias where it reduces.
+
+    Every image is resized on its own, in whole numbers on the CPU: the bits do not depend on the batch. CUDA has no such
+    kernel; there it is done in float32 and rounded, which may differ by one gray level.
+    """
+    if images.shape[-1] == side:
+        return images
+    if not len(images):
+        return images.new_empty((0, 3, side, side))
+    if images.device.type == "mps":  # has no antialias
+        return resize(images.cpu(), side).to(images.device)
+    if images.device.type == "cpu":
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    return (
+        F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+        .round_()
+        .clamp_(0, 255)
+        .to(torch.uint8)
+    )
+
+
 def try_read(file: Path, side: int = SIDE) -> np.ndarray | str:
-    """`read_image`, or in a few words why that cannot be."""
+    """What `read_image` returns, or the reason why the file cannot be read, in a few words."""
     try:
         return read_image(file, side)
     except Exception as error:  # Pillow's plugins raise nearly everything for a damaged file
@@ -60,21 +77,47 @@ def _reason(file: Path, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         words = "not an image that Pillow knows"
         with contextlib.suppress(OSError), file.open("rb") as opened:
-            start = opened.read(64).lstrip().lower()
-            if not start:
+            start = opened.read(64)
+            if not start.strip():
                 words = "an empty file"
-            elif start.startswith(b"version https://git-lfs"):
+            elif start.lstrip().lower().startswith(b"version https://git-lfs"):
                 words = "not an image but a Git LFS pointer; fetch the files with `git lfs pull`"
+            elif start[4:8] == b"ftyp":
+                words = _container_reason(start[8:32])
     elif isinstance(error, Image.DecompressionBombError):
         words = f"more pixels than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} that Pillow decodes"
     return words.replace("\n", " ")
 
 
-def read_image(file: str | Path, side: int = SIDE) -> np.ndarray:
-    """The image in `file` as it is stored: uint8 RGB (3, s, s), the center square at s = min(side, its shorter side).
+def _container_reason(brands: bytes) -> str:
+    """Why a file of the kind of HEIC, AVIF and MP4 was not taken, by the brands in its head."""
+    if b"avif" in brands or b"avis" in brands:
+        return "an AVIF image, which this Pillow does not read; pip install pillow-avif-plugin"
+    if any(brand in brands for brand in (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")):
+        if reason := _register_heif():
+            return f"a HEIC image, which Pillow alone does not read; {reason}"
+        return "a HEIC image that is damaged, or of a kind that pillow-heif does not read"
+    return "not an image that Pillow knows, perhaps a video"
 
-    Turned upright as EXIF says; the first frame of an animation; transparency on white; 16 bits become 8. Raises OSError and
-    others of Pillow's for what is no image.
+
+@cache
+def _register_heif() -> str:
+    """Teaches Pillow to read HEIC, with the pillow-heif package; else returns the way out."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ModuleNotFoundError:
+        return "pip install pillow-heif"
+    except Exception as error:  # an installation for another Python or system
+        return f"pillow-heif is installed but cannot be used ({type(error).__name__}: {error})"
+    return ""
+
+
+def read_image(file: str | Path, side: int = SIDE) -> np.ndarray:
+    """The image in `file` as it is stored: uint8 RGB (3, s, s), s = min(side, its shorter side).
+
+    It is the center square, upright as EXIF says; the first frame of an animation; transparency
+    lies on white; 16 bits become 8. Raises OSError and other errors of Pillow's for a file that is
+    damaged or no image.
     """
     content = Path(file).read_bytes()
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
@@ -82,10 +125,10 @@ def read_image(file: str | Path, side: int = SIDE) -> np.ndarray:
         with _one_large if width * height > LARGE else contextlib.nullcontext():
             square = _center_square(_pixels(opened, content, side))
         orientation = 1
-        with contextlib.suppress(Exception):  # damaged metadata does not spoil the pixels
-            orientation = opened.getexif().get(
-                0x0112, 1
-            )  # after the pixels: a TIFF is turned, and this set to 1, as it is decoded
+        # After the pixels: as a TIFF or HEIC is decoded, it is turned and this is set to 1.
+        # Damaged metadata does not spoil the pixels.
+        with contextlib.suppress(Exception):
+            orientation = opened.getexif().get(0x0112, 1)
     image = resize(square, min(side, square.shape[-1]))[0].numpy()
     if orientation in TURNS:
         turned = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).transpose(
@@ -98,16 +141,24 @@ def read_image(file: str | Path, side: int = SIDE) -> np.ndarray:
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    _register_heif()
+    if "AVIF" not in Image.OPEN:
+        with contextlib.suppress(Exception):  # not installed, or for another system
+            importlib.import_module("pillow_avif")
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _pixels(opened: Image.Image, content: bytes, side: int) -> Tensor:
-    """uint8 (3, height, width) or, of gray levels, (1, height, width); of a large JPEG, a half, quarter or eighth of its size."""
+    """uint8 (3, height, width) or, of gray levels, (1, height, width).
+
+    A large JPEG is decoded at a half, a quarter or an eighth of its size.
+    """
     if opened.format == "JPEG" and opened.mode in ("RGB", "L") and min(opened.size) < 4 * side:
-        # The same library gives the same pixels as through Pillow, without its copies. What it refuses, Pillow may still know.
+        # The operator gives the pixels that Pillow gives, without Pillow's copies. Pillow may
+        # still read what the operator refuses.
         with contextlib.suppress(RuntimeError):
-            return jpeg.decode(content)
-    # Scaled decoding, but never below twice the side, so that the reduction stays smooth.
+            return decode_jpeg(content)
+    # The scaled size stays above twice the side, so that the reduction stays smooth.
     opened.draft(None, (2 * side, 2 * side))
     return torch.from_numpy(np.array(_rgb(opened))).permute(2, 0, 1)
 
@@ -118,12 +169,12 @@ def _center_square(pixels: Tensor) -> Tensor:
     shorter = min(width, height)
     top, left = (height - shorter) // 2, (width - shorter) // 2
     square = pixels[None, :, top : top + shorter, left : left + shorter].expand(-1, 3, -1, -1)
-    return square.contiguous(
-        memory_format=torch.channels_last
-    )  # which is resized fastest, and to the same bits
+    # Channels last is resized fastest, and to the same bits.
+    return square.contiguous(memory_format=torch.channels_last)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """`image` in RGB. ValueError for gray levels in floating point."""
     if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion would clip it to white
         gray = np.clip(np.asarray(image, np.int64), 0, 65535)
         image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
@@ -134,3 +185,39 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def decode_jpeg(content: bytes | np.ndarray) -> Tensor:
+    """uint8 (C, height, width), channels last in memory, C the channels in the file.
+
+    RuntimeError where it is damaged. torchvision's operator and Pillow hold the same decoder and
+    give the same pixels; the operator leaves out two copies. It is deprecated, so nothing but
+    speed may depend on it.
+    """
+    if has_jpeg_operator():
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        decoded: Tensor = torch.ops.image.decode_jpeg(data, 0, False)
+        return decoded
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as opened:
+            pixels = torch.from_numpy(np.array(opened))
+            return pixels.reshape(opened.height, opened.width, -1).permute(2, 0, 1)
+    except OSError as error:
+        raise RuntimeError(str(error)) from None
+
+
+@cache
+def has_jpeg_operator() -> bool:
+    """Whether torchvision is installed, fits this torch, and still has the operator."""
+    with contextlib.suppress(Exception):  # a build for another torch fails in several ways
+        importlib.import_module("torchvision")
+        return hasattr(torch.ops.image, "decode_jpeg")
+    return False
+
+
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """uint8 (3, side, side) as a JPEG of quality 95."""
+    content = io.BytesIO()
+    pixels = np.ascontiguousarray(image.transpose(1, 2, 0))
+    Image.fromarray(pixels).save(content, "JPEG", quality=QUALITY)
+    return content.getvalue()

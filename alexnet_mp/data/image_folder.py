@@ -1,72 +1,51 @@
-"""A folder of image files, SPLIT/CLASS/FILE: what counts as an image, which class it is of, and what is left out."""
+"""Lists a folder of image files, CLASS/FILE: what is an image, its class, and what is left out."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".jif",
-    ".pjpeg",
-    ".pjpg",
-    ".mpo",
-    ".png",
-    ".apng",
-    ".bmp",
-    ".dib",
-    ".webp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".avifs",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".jp2",
-    ".j2k",
-    ".jpx",
-    ".heic",
-    ".heif",
-}
-SPLITS = ("train", "val", "test")
+import numpy as np
+
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .jif .pjpeg .pjpg .mpo .png .apng .bmp .dib .webp .gif .tif .tiff .avif "
+    ".avifs .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .heic .heif".split()
+)
 DEPTH = 64
-"""Folders within each other, from the root on."""
+"""Deepest nesting of folders, counted from the root of the file system."""
+SHOWN = 4
+"""Names that one message lists."""
 
 
 @dataclass
 class Ignored:
-    """What was left out of a split, counted by reason."""
+    """Counts what was left out of a listing, by reason."""
 
-    hidden: int = 0  # files and folders; also what archives of a Mac leave behind
-    special: int = 0  # pipes, devices, links to nothing, links to a folder above
-    other: Counter[str] = field(
-        default_factory=Counter
-    )  # files whose names are not an image's, by extension
+    hidden: int = 0  # files and folders, among them those that a Mac adds to its archives
+    special: int = 0  # pipes, devices, broken links, links to a folder above
+    other: Counter[str] = field(default_factory=Counter)  # not an image's extension
 
     def add(self, more: Ignored) -> None:
-        self.hidden, self.special, self.other = (
-            self.hidden + more.hidden,
-            self.special + more.special,
-            self.other + more.other,
-        )
+        """Adds the counts of another listing."""
+        self.hidden += more.hidden
+        self.special += more.special
+        self.other += more.other
 
     def __str__(self) -> str:
-        kinds = ", ".join(
-            f"{name or 'no extension'} {count:,}" for name, count in self.other.most_common(5)
-        )
-        parts = [f"{self.hidden:,} hidden files or folders"] if self.hidden or self.other else []
+        parts = []
         if self.hidden or self.other:
+            kinds = ", ".join(
+                f"{extension or 'no extension'} {count:,}"
+                for extension, count in self.other.most_common(5)
+            )
+            parts.append(f"{self.hidden:,} hidden files or folders")
             parts.append(
                 f"{self.other.total():,} files whose names are not an image's"
                 + (f" ({kinds})" if kinds else "")
@@ -78,161 +57,330 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of one split, by class and name, before any is opened."""
+    """The images of one split, by class and name, before any is opened.
+
+    An ImageNet has 1.3 million: names lie in one block of bytes and numbers in arrays, about 60
+    bytes an image, because a Python object for each would take gigabytes.
+    """
 
     folder: Path
     classes: tuple[str, ...]
-    files: list[Path]
-    labels: list[int]
-    stamps: list[tuple[int, int]]  # of each file: bytes, nanoseconds of change
+    labels: np.ndarray  # int32 (N,)
+    sizes: np.ndarray  # int64 (N,), bytes
+    times: np.ndarray  # int64 (N,), of the last change, in nanoseconds
+    names: bytes  # the files' paths in the folder, one after another
+    ends: np.ndarray  # int64 (N,), the end of each in `names`
     ignored: Ignored
     notes: tuple[str, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, number: int) -> Path:
+        """The file of image `number`."""
+        return self.folder / os.fsdecode(self._name(number))
+
     def name(self, number: int) -> str:
-        """The file's path in the folder, with / on every system."""
-        return text(self.files[number].relative_to(self.folder).as_posix())
+        """The file's path in the folder as text, with / on every system."""
+        return self._name(number).decode("utf-8", "backslashreplace")
+
+    def _name(self, number: int) -> bytes:
+        return self.names[self._end(number - 1) : self._end(number)]
+
+    def _end(self, number: int) -> int:
+        return int(self.ends[number]) if number >= 0 else 0
 
     def digest(self, numbers: range | None = None) -> str:
-        """Of names, classes, sizes and times of change."""
+        """A digest of the names, classes, sizes and times of change of all images, or of some."""
+        rows = range(len(self)) if numbers is None else numbers
+        start, stop = rows.start, rows.stop
+        first, last = self._end(start - 1), self._end(stop - 1)
+        labels = self.labels[start:stop]
+        changes = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist()] if len(labels) else []
         digest = hashlib.blake2b(digest_size=16)
-        for i in range(len(self.files)) if numbers is None else numbers:
-            digest.update(
-                repr((self.classes[self.labels[i]], self.name(i), *self.stamps[i])).encode()
-            )
+        digest.update(self.names[first:last])
+        for numbers_of in (
+            self.ends[start:stop] - first,
+            self.sizes[start:stop],
+            self.times[start:stop],
+        ):
+            digest.update(numbers_of.astype("<i8").tobytes())
+        # Classes are named where they change: a class that is added before others renumbers
+        # those, but does not change their images.
+        digest.update(repr([(k, self.classes[labels[k]]) for k in changes]).encode())
         return digest.hexdigest()
 
 
-def list_split(
-    folder: Path, classes: tuple[str, ...] | None = None, flag: str = "--data-dir"
-) -> Listing:
-    """Lists FOLDER/CLASS/*, also within subfolders of a class. Classes are the folders' names, sorted as text.
+class _ListingBuilder:
+    """Collects the files of a listing in compact arrays."""
 
-    ValueError naming the folder: no class folders, a class without images, or other classes than `classes`.
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ignored = folder, Ignored()
+        self.labels, self.ends, self.sizes, self.times = (
+            array("i"),
+            array("q"),
+            array("q"),
+            array("q"),
+        )
+        self.names = bytearray()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, entry: os.DirEntry[str], inside: str, label: int | None) -> None:
+        """Adds `entry`, a file of the subfolder `inside` ("cat/"), or counts it as ignored."""
+        if is_hidden(entry.name):
+            self.ignored.hidden += 1
+        elif not _is_file(entry):  # opening a pipe would wait forever
+            self.ignored.special += 1
+        elif label is None or not is_image(entry.name):
+            self.ignored.other[os.path.splitext(entry.name)[1].lower()] += 1
+        else:
+            status = entry.stat()
+            self.names += os.fsencode(inside + entry.name)
+            self.ends.append(len(self.names))
+            self.labels.append(label)
+            self.sizes.append(status.st_size)
+            self.times.append(status.st_mtime_ns)
+
+    def finish(self, classes: Sequence[str], notes: Sequence[str] = ()) -> Listing:
+        return Listing(
+            self.folder,
+            tuple(classes),
+            np.array(self.labels, np.int32),
+            np.array(self.sizes, np.int64),
+            np.array(self.times, np.int64),
+            bytes(self.names),
+            np.array(self.ends, np.int64),
+            self.ignored,
+            tuple(notes),
+        )
+
+
+def class_folders(folder: Path, flag: str = "--data-dir") -> dict[str, str]:
+    """The classes of FOLDER/CLASS/*, sorted as text, and the name of each one's folder on disk.
+
+    ValueError naming the folder where there are none, only one, or two whose names look alike.
     """
-    entries = _entries(folder)
-    folders = {
-        text(entry.name): entry.name
-        for entry in entries
-        if not is_hidden(entry.name) and _is_folder(entry)
-    }
-    names = tuple(sorted(folders))
-    if not names:
-        loose = sum(is_image(entry.name) for entry in entries)
-        raise ValueError(
-            f"{flag}: {folder} has no class folders"
-            + (
-                f", but {loose:,} images: sort them into {folder}/CLASS/, or name them with launch/pack.py --val-labels FILE"
-                if loose
-                else f"; expected {folder}/CLASS/ with images in it"
-            )
-        )
-    if classes is not None and names != classes:
-        odd = sorted(set(names) ^ set(classes))[0]
-        have, lack = (
-            ("is not a class of the training images", "has it")
-            if odd in names
-            else ("is a class of the training images", "lacks it")
-        )
-        raise ValueError(
-            f"{flag}: {folder} and its neighbor train must have the same classes: {odd} {have}, {folder} {lack}"
-        )
-    listing = Listing(folder, names, [], [], [], Ignored(), () if classes else _notes(names))
+    entries = sorted_entries(folder)
+    classes: dict[str, str] = {}
     for entry in entries:
-        if text(entry.name) not in folders:
-            _take(entry, listing, None)
-    for label, name in enumerate(names):
-        before = len(listing.files)
-        for entry in _below(folder / folders[name]):
-            _take(entry, listing, label)
-        if len(listing.files) == before:
+        if is_hidden(entry.name) or not is_folder(entry):
+            continue
+        # The same letters may be stored composed (Linux) or decomposed (a Mac's archives).
+        name = unicodedata.normalize("NFC", as_text(entry.name))
+        if name in classes:
             raise ValueError(
-                f"{flag}: {folder / name} has no images ({' '.join(sorted(EXTENSIONS))}); add some or delete the folder"
+                f"{flag}: {folder} has two folders whose names look alike ({name}): their letters "
+                "are composed in one and decomposed in the other; merge them"
             )
-    return listing
+        classes[name] = entry.name
+    if not classes:
+        raise ValueError(f"{flag}: {folder} has no class folders{_loose_images(folder, entries)}")
+    if len(classes) == 1:
+        (name,) = classes
+        raise ValueError(f"{flag}: {folder} has {_one_class(folder / classes[name], name)}")
+    return dict(sorted(classes.items()))
+
+
+def list_split(
+    folder: Path, classes: Sequence[str] | None = None, flag: str = "--data-dir"
+) -> Listing:
+    """Lists FOLDER/CLASS/*, also within subfolders of a class.
+
+    ValueError naming the folder: no class folders or only one, a class without images, or other
+    classes than `classes`, those of the training images.
+    """
+    folders = class_folders(folder, flag)
+    names = tuple(folders)
+    if classes is not None and names != tuple(classes):
+        odd = sorted(set(names) ^ set(classes))[0]
+        reason = (
+            f"{odd} is not a class of the training images, {folder} has it"
+            if odd in folders
+            else f"{odd} is a class of the training images, {folder} lacks it"
+        )
+        raise ValueError(
+            f"{flag}: {folder} and its neighbor train must have the same classes: {reason}"
+        )
+    listing = _ListingBuilder(folder)
+    own = set(folders.values())
+    for entry in sorted_entries(folder):
+        if entry.name not in own:
+            listing.take(entry, "", None)
+    nested = []
+    for label, (name, disk_name) in enumerate(folders.items()):
+        before = len(listing)
+        subfolders = set()
+        for entry, inside in _files_below(folder / disk_name, f"{disk_name}/"):
+            listing.take(entry, inside, label)
+            subfolders.add(inside.split("/")[1])
+        if len(listing) == before:
+            raise ValueError(
+                f"{flag}: {folder / disk_name} has no images ({' '.join(sorted(EXTENSIONS))}); "
+                f"add some or delete the folder{_nested_hint(folder)}"
+            )
+        if len(subfolders - {""}) > 1:
+            nested.append(name)
+    return listing.finish(names, () if classes else (*_name_notes(names), *_nested_notes(nested)))
 
 
 def list_flat(
-    folder: Path, classes: tuple[str, ...], classes_of: Mapping[str, str], labels_file: Path
+    folder: Path,
+    classes: Sequence[str],
+    classes_of: Mapping[str, str],
+    labels_file: Path,
+    flag: str = "--val-labels",
 ) -> Listing:
-    """Lists FOLDER/*, whose classes `classes_of` names by file, with or without extension. ValueError for an image without one."""
-    listing = Listing(folder, classes, [], [], [], Ignored())
-    for entry in _entries(folder):
-        file = text(entry.name)
+    """Lists FOLDER/*, or FOLDER/images/*, whose classes `classes_of` gives by file name.
+
+    The names in `classes_of` may lack the extension. ValueError for an image without a class.
+    """
+    listing = _ListingBuilder(folder)
+    numbers = {name: label for label, name in enumerate(classes)}
+    place = flat_images(folder)
+    inside = "" if place == folder else f"{place.name}/"
+    for entry in sorted_entries(place):
+        file = as_text(entry.name)
         name = classes_of.get(file, classes_of.get(os.path.splitext(file)[0]))
         if name is None and is_image(entry.name) and not is_hidden(entry.name):
-            raise ValueError(f"--val-labels {labels_file}: does not name the class of {entry.path}")
-        _take(entry, listing, classes.index(name) if name is not None else None)
-    if not listing.files:
+            raise ValueError(f"{flag} {labels_file}: does not name the class of {entry.path}")
+        listing.take(entry, inside, numbers[name] if name is not None else None)
+    if not len(listing):
         raise ValueError(f"{folder}: has no images ({' '.join(sorted(EXTENSIONS))})")
-    return listing
+    return listing.finish(classes)
 
 
-def _take(entry: os.DirEntry[str], listing: Listing, label: int | None) -> None:
-    """Adds a file to the listing, or to what was ignored."""
-    if is_hidden(entry.name):
-        listing.ignored.hidden += 1
-    elif not _is_file(entry):  # opening a pipe would wait for ever
-        listing.ignored.special += 1
-    elif label is None or not is_image(entry.name):
-        listing.ignored.other[os.path.splitext(entry.name)[1].lower()] += 1
-    else:
-        status = entry.stat()
-        listing.files.append(Path(entry.path))
-        listing.labels.append(label)
-        listing.stamps.append((status.st_size, status.st_mtime_ns))
+def flat_images(folder: Path) -> Path:
+    """FOLDER/images where all images of `folder` are there, as in Tiny-ImageNet; else `folder`."""
+    inner = folder / "images"
+    return inner if inner.is_dir() and not any(image_names(folder)) else folder
 
 
-def _notes(names: tuple[str, ...]) -> tuple[str, ...]:
-    """What may surprise about the classes' names."""
+def image_names(folder: Path) -> list[str]:
+    """The names of the images that lie in `folder` itself, sorted, as text."""
+    return sorted(
+        as_text(name) for name in os.listdir(folder) if is_image(name) and not is_hidden(name)
+    )
+
+
+# ---- messages ------------------------------------------------------------------------------------
+
+
+def _one_class(folder: Path, name: str) -> str:
+    """Why one class is refused: there is nothing to learn, or the folder is a level too high."""
+    if len(inner := visible_folders(folder)) > 1:
+        return (
+            f"1 class ({name}), which has folders {listed(inner)} in it: did you mean {folder}? "
+            f"Name that folder, or move its folders up, into {folder.parent}"
+        )
+    return (
+        f"1 class ({name}), and training needs two or more: with one, the softmax is 1 whatever "
+        "the network says, and nothing is learned"
+    )
+
+
+def _loose_images(folder: Path, entries: Sequence[os.DirEntry[str]]) -> str:
+    """What to do with a folder in which there are images but no class folders."""
+    images = [as_text(entry.name) for entry in entries if is_image(entry.name)]
+    if not images:
+        return f"; expected {folder}/CLASS/ with images in it"
+    hint = ""
+    tables = [as_text(entry.name) for entry in entries if entry.name.lower().endswith(".csv")]
+    guessed = Counter(
+        os.path.splitext(name)[0].rstrip("0123456789()").rstrip(" _.-") for name in images
+    )
+    guessed.pop("", None)
+    if tables:
+        hint = f" ({tables[0]} seems to say which class each is of)"
+    elif 1 < len(guessed) <= len(images) / 2:
+        hint = f" (by their names they are of {len(guessed):,} classes: {listed(sorted(guessed))})"
+    return (
+        f", but {len(images):,} images: sort them into {folder}/CLASS/{hint}, "
+        "or name them with launch/pack.py --val-labels FILE"
+    )
+
+
+def _nested_hint(folder: Path) -> str:
+    """Names a folder in `folder` that has class folders itself, where a class lacks images."""
+    for name in visible_folders(folder):
+        place = folder / name
+        inner = [below for below in visible_folders(place) if image_names(place / below)]
+        if len(inner) > 1:
+            return f"; or did you mean {place}, which has folders {listed(inner)}?"
+    if (folder / "labels").is_dir() and (folder / "images").is_dir():
+        return "; images beside labels are a detection set's, and this one classifies"
+    return ""
+
+
+def _nested_notes(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (f"images in folders within a class are of that class: {listed(names)}",)
+
+
+def _name_notes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Notes on class names that may surprise."""
     notes = []
     if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
         notes.append(
-            f"the classes are numbers, sorted as text ({', '.join(names[:3])} ...), as torchvision does: class k of the network "
-            "is not folder k; names of one length (001, 002) would keep the order"
+            f"the classes are numbers, sorted as text ({', '.join(names[:3])} ...), as torchvision "
+            "does: class k of the network is not folder k; names of one length (001, 002) would "
+            "keep the order"
         )
     folded = Counter(name.casefold() for name in names)
     if twice := [name for name in names if folded[name.casefold()] > 1]:
         notes.append(
-            f"classes that differ only in upper and lower case are different classes: {', '.join(twice[:4])}"
+            "classes that differ only in upper and lower case are different classes: "
+            + ", ".join(twice[:SHOWN])
+        )
+    if background := [name for name in names if name in ("BACKGROUND_Google", "257.clutter")]:
+        notes.append(
+            f"{background[0]} is trained as a class; results on Caltech's sets usually leave it out"
         )
     return tuple(notes)
 
 
-def text(name: str) -> str:
-    """A file's name as text that can be printed and stored, the same in every locale: UTF-8, other bytes as \\xff."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def listed(names: Sequence[str]) -> str:
+    """The first of `names`, for a message."""
+    return ", ".join(map(as_text, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+# ---- walking -------------------------------------------------------------------------------------
+
+
+def as_text(name: str) -> str:
+    """A file's name as text that can be printed and stored: UTF-8, other bytes as \\xff.
+
+    It is the same in every locale.
+    """
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in `folder`, sorted by name."""
     with os.scandir(folder) as found:
-        return sorted(found, key=lambda entry: text(entry.name))
+        return sorted(found, key=lambda entry: as_text(entry.name))
+
+
+def visible_folders(folder: Path) -> list[str]:
+    """The names of the folders in `folder`, sorted, without hidden ones."""
+    return [e.name for e in sorted_entries(folder) if not is_hidden(e.name) and is_folder(e)]
 
 
 def is_hidden(name: str) -> bool:
-    """Hidden ones, which include AppleDouble's `._photo.jpg`, and a Mac archive's shadow folder."""
+    """Whether a name is hidden: .name, among them AppleDouble's `._photo.jpg`, or __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def is_image(name: str) -> bool:
+    """Whether a name has an image's extension."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[os.DirEntry[str]]:
-    """The files in `folder` and below, in the order of their names; as one: a hidden folder, a link to a folder that it is in."""
-    # A link to the split's own folder would bring images of other classes.
-    folders = [folder] if above else [*folder.resolve().parents, folder]
-    above = (*above, *((status.st_dev, status.st_ino) for status in map(os.stat, folders)))
-    for entry in _entries(folder):
-        if not is_hidden(entry.name) and _is_folder(entry) and not _is_above(entry, above):
-            if len(above) > DEPTH:
-                raise ValueError(f"{entry.path}: more than {DEPTH} folders within each other")
-            yield from _below(Path(entry.path), above)
-        else:
-            yield entry
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    with contextlib.suppress(OSError):  # a link to itself
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link to itself is none."""
+    with contextlib.suppress(OSError):
         return entry.is_dir()
     return False
 
@@ -241,6 +389,25 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     with contextlib.suppress(OSError):
         return entry.is_file()
     return False
+
+
+def _files_below(
+    folder: Path, inside: str, above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """The files in `folder` and below, in the order of their names, and the subfolder of each.
+
+    Hidden folders and links to a folder above come as if they were files, to be counted.
+    """
+    # A link to the split's own folder would bring images of other classes.
+    folders = [folder] if above else [*folder.resolve().parents, folder]
+    above = (*above, *((status.st_dev, status.st_ino) for status in map(os.stat, folders)))
+    for entry in sorted_entries(folder):
+        if not is_hidden(entry.name) and is_folder(entry) and not _is_above(entry, above):
+            if len(above) > DEPTH:
+                raise ValueError(f"{entry.path}: more than {DEPTH} folders within each other")
+            yield from _files_below(Path(entry.path), f"{inside}{entry.name}/", above)
+        else:
+            yield entry, inside
 
 
 def _is_above(entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> bool:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet_mp.data.decode import resize
 from alexnet_mp.data.epoch_order import ReadAhead, block_order, full_order
 from alexnet_mp.data.shard_arrays import JpegShelf
-from alexnet_mp.data.store import ForEachRow, Store, resize
+from alexnet_mp.data.store import ForEachRow, Store
 from alexnet_mp.data.transforms import Augment
 
 PREFETCH = 2

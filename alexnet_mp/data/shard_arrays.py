@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_mp.data import jpeg
+from alexnet_mp.data.decode import decode_jpeg
 from alexnet_mp.data.store_format import open_array, shard_name
 
 
@@ -26,7 +26,7 @@ class JpegShelf:
     def __getitem__(self, row: int) -> np.ndarray:
         """uint8 (3, side, side), channels last in memory."""
         with contextlib.suppress(RuntimeError):
-            image = jpeg.decode(self.data[self.ends[row] : self.ends[row + 1]]).numpy()
+            image = decode_jpeg(self.data[self.ends[row] : self.ends[row + 1]]).numpy()
             if image.shape == self.shape[1:]:
                 return image
         raise ValueError(

@@ -26,8 +26,8 @@ import torch
 from tqdm.auto import tqdm
 
 from alexnet_mp.config.files import remove_leftovers, write_atomically
-from alexnet_mp.data import jpeg, store_format
-from alexnet_mp.data.decode import SIDE, try_read
+from alexnet_mp.data import store_format
+from alexnet_mp.data.decode import SIDE, decode_jpeg, encode_jpeg, try_read
 from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.statistics import Sums
 from alexnet_mp.data.store import Store
@@ -58,14 +58,14 @@ def pack_split(listing: Listing, path: Path, packing: Packing, with_sums: bool) 
     ValueError naming the files that cannot be read, after all others have been packed, and where the disk is full.
     """
     shards = [
-        range(start, min(start + store_format.SHARD, len(listing.files)))
-        for start in range(0, len(listing.files), store_format.SHARD)
+        range(start, min(start + store_format.SHARD, len(listing)))
+        for start in range(0, len(listing), store_format.SHARD)
     ]
     digests = [
         f"{packing.encode} {SIDE} {store_format.VERSION} {listing.digest(rows)}" for rows in shards
     ]
     bar = tqdm(
-        total=len(listing.files),
+        total=len(listing),
         desc=f"packing {listing.folder.name}",
         unit=" images",
         leave=False,
@@ -158,7 +158,7 @@ def decoded(
 
     def work(number: int, rows: range) -> list[EncodedImage | str]:
         # One image after another: it is summed while it is still in the processor's cache.
-        return [_stored(try_read(listing.files[row]), packing.encode, sums[number]) for row in rows]
+        return [_stored(try_read(listing.path(row)), packing.encode, sums[number]) for row in rows]
 
     chunks = (
         (number, range(start, min(start + CHUNK, rows.stop)))
@@ -189,10 +189,10 @@ def _stored(image: np.ndarray | str, encode: str, sums: Sums | None) -> EncodedI
         return image
     content = EncodedImage(image.shape[-1], image)
     if encode == "jpeg":
-        data = jpeg.encode(image)
+        data = encode_jpeg(image)
         content = EncodedImage(image.shape[-1], data)
         image = (
-            np.ascontiguousarray(jpeg.decode(data).numpy()) if sums is not None else image
+            np.ascontiguousarray(decode_jpeg(data).numpy()) if sums is not None else image
         )  # statistics are of what training will see
     if sums is not None:
         sums.add(image)

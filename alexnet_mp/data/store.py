@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_mp.config.files import temporary_path
+from alexnet_mp.data.decode import resize
 from alexnet_mp.data.mapping import release
 from alexnet_mp.data.shard_arrays import open_shelves, stored_bytes
 from alexnet_mp.data.statistics import Statistics, Sums, sums_of
@@ -34,28 +34,6 @@ from alexnet_mp.data.store_format import (
 
 FITS = 2 * 10**9
 """Bytes of a resized copy that may be kept in memory."""
-
-
-def resize(images: Tensor, side: int) -> Tensor:
-    """uint8 (N, 3, s, s) -> uint8 (N, 3, side, side): bilinear, with antialias where it reduces.
-
-    Every image is resized on its own, in whole numbers on the CPU: the bits do not depend on the batch. CUDA has no such
-    kernel; there it is done in float32 and rounded, which may differ by one gray level.
-    """
-    if images.shape[-1] == side:
-        return images
-    if not len(images):
-        return images.new_empty((0, 3, side, side))
-    if images.device.type == "mps":  # has no antialias
-        return resize(images.cpu(), side).to(images.device)
-    if images.device.type == "cpu":
-        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    return (
-        F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
-        .round_()
-        .clamp_(0, 255)
-        .to(torch.uint8)
-    )
 
 
 ForEachRow = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]

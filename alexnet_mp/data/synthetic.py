@@ -1,55 +1,107 @@
-"""Generated color images of twelve shapes, 256 pixels a side: a task that needs no download and cannot be done by color.
+"""Draws color images of twelve shapes, 256 pixels a side: no download, and color does not help.
 
-Shape, place, size, rotation, colors, background and clutter of image `index` of a split are functions of (seed, split, index).
-Change VERSION whenever an image changes: it is in the name of the cache.
+Shape, place, size, rotation, colors, background and clutter of image `index` of a split are
+functions of (seed, split, index). VERSION, which is in the name of the cache, has to change
+whenever an image changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from alexnet_mp.config.progress import progress
 from alexnet_mp.config.seeds import combine
-from alexnet_mp.data.store import resize
+from alexnet_mp.data.cache import cached
+from alexnet_mp.data.decode import resize
+from alexnet_mp.data.folder_layout import SPLITS, Split
+from alexnet_mp.data.source import Request
+from alexnet_mp.data.store import Store
+from alexnet_mp.data.store_format import VERSION as STORE_VERSION
+from alexnet_mp.data.store_format import Writer
 
 VERSION = 2
 SIDE = 256
-COUNTS = {"train": 4000, "val": 400, "test": 1000}
+COUNTS: dict[Split, int] = {"train": 4000, "val": 400, "test": 1000}
 SUPERSAMPLING = 2
 TILT = 0.35
 """Radians by which a shape is turned at most, either way."""
 CHUNK = 50
 """Images that a thread makes in one go."""
+FEW = 0.25
+"""Share of a split up to which its images are drawn in memory, not kept on disk."""
 
 Outlines = list[tuple[np.ndarray, bool]]
 """Polygons (points, 2) within the circle of radius 1 around 0, one over the other: True paints, False cuts a hole."""
 
 
-def generate(seed: int, split: str, side: int) -> Iterator[tuple[np.ndarray, int]]:
-    """The images of `split`, uint8 (3, side, side) reduced from 256 as a store would, with their labels, in order."""
+class Shapes:
+    """--data shapes: 4,000, 400 and 1,000 images, drawn at the first start and kept in the cache.
 
-    def some(start: int) -> np.ndarray:
-        images = [draw(seed, split, i) for i in range(start, min(start + CHUNK, COUNTS[split]))]
+    Where a limit asks for few of them, only those are drawn, in memory, at every start.
+    """
+
+    splits: Sequence[Split] = SPLITS
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.side = min(SIDE, request.side or SIDE)
+
+    def describe(self, split: Split) -> str:
+        return ""
+
+    def open(self, splits: Sequence[Split]) -> dict[Split, Store]:
+        return {split: self._open(split) for split in splits}
+
+    def _open(self, split: Split) -> Store:
+        request, side, count = self.request, self.side, COUNTS[split]
+        rows = request.chosen(split, count)
+        if len(rows) <= count * FEW:
+            images = list(_drawn(request.seed, split, side, rows.tolist()))
+            return Store([np.stack(images)], rows % len(CLASSES), CLASSES)
+
+        def build(path: Path) -> None:
+            bar = progress(
+                total=count, description="shapes", unit="images", enabled=request.progress
+            )
+            with bar, Writer(path, CLASSES) as writer:
+                for index, image in enumerate(_drawn(request.seed, split, side, range(count))):
+                    writer.add(image, index % len(CLASSES))
+                    bar.update()
+
+        return Store.open(
+            cached(
+                f"shapes-{request.seed}-{VERSION}-{side}px-store{STORE_VERSION}-{split}",
+                build,
+                f"drawing {count:,} images of {len(CLASSES)} shapes",
+                count,
+                request.directory,
+                request.run_once_per_host,
+                request.print_rank0,
+            )
+        )
+
+
+def _drawn(seed: int, split: Split, side: int, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    """The images `numbers` of `split`, uint8 (3, side, side), reduced from 256 as a store would."""
+
+    def chunk(start: int) -> np.ndarray:
+        images = [draw(seed, split, number) for number in numbers[start : start + CHUNK]]
         return resize(torch.from_numpy(np.stack(images)), side).numpy()
 
-    with ThreadPoolExecutor(
-        2
-    ) as pool:  # Pillow and NumPy leave Python's lock now and then; more threads gain nothing
-        for start, images in zip(
-            range(0, COUNTS[split], CHUNK),
-            pool.map(some, range(0, COUNTS[split], CHUNK)),
-            strict=True,
-        ):
-            for i, image in enumerate(images, start):
-                yield image, i % len(CLASSES)
+    # Pillow and NumPy leave Python's lock now and then; more than two threads gain nothing.
+    with ThreadPoolExecutor(2) as pool:
+        for images in pool.map(chunk, range(0, len(numbers), CHUNK)):
+            yield from images
 
 
-def draw(seed: int, split: str, index: int) -> np.ndarray:
+def draw(seed: int, split: Split, index: int) -> np.ndarray:
     """Image `index` of `split`, uint8 (3, 256, 256); its class is `index` modulo 12."""
     rng = np.random.default_rng(combine(seed, "shapes", split, index))
     ground, color = _contrasting(rng)

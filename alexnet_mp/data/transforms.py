@@ -14,8 +14,9 @@ from torch import Tensor
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.config.seeds import combine
+from alexnet_mp.data.decode import resize
 from alexnet_mp.data.statistics import Statistics
-from alexnet_mp.data.store import ForEachRow, resize
+from alexnet_mp.data.store import ForEachRow
 from alexnet_mp.ops import cpu_kernels
 from alexnet_mp.ops.cpu_kernels import Mean
 

@@ -1,37 +1,37 @@
-"""Labels of a flat folder of images, as ILSVRC's validation images come: which class each file is of."""
+"""Reads files of labels and of class names: ImageNet's validation images, and Tiny-ImageNet's."""
 
 from __future__ import annotations
 
 import csv
-import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_mp.data.image_folder import is_hidden, is_image, text
+from alexnet_mp.data.image_folder import flat_images, image_names
 
 DEVKIT = (
-    "the numbers of ILSVRC's devkit (1 to 1000) are its own, not the places of the sorted class names, and Caffe's (0 to 999) are others "
-    "again; give --val-synsets FILE, whose line k names class k, or a file of names: `FILE CLASS` lines, or Kaggle's LOC_val_solution.csv"
+    "the numbers of ILSVRC's devkit (1 to 1000) are its own, not the places of the sorted class "
+    "names, and Caffe's (0 to 999) are others again; give --val-synsets FILE, whose line k names "
+    "class k, or a file of names: `FILE CLASS` lines, or Kaggle's LOC_val_solution.csv"
 )
 
 
 def read_labels(
     file: Path, folder: Path, classes: Sequence[str], synsets: Path | None = None
 ) -> dict[str, str]:
-    """The class of each image in `folder`, by its name as `file` has it.
+    """The class of each image in `folder`, by the image's name as `file` has it.
 
-    `file` holds one line an image: a class (in the order of the sorted names), `FILE CLASS`, or Kaggle's `FILE,CLASS x y x y ...`.
-    Classes may be numbers where `synsets` says which class each one is. ValueError naming the file and line.
+    `file` holds one line for each image: a class (in the order of the sorted names), `FILE CLASS`,
+    Tiny-ImageNet's `FILE CLASS x y w h`, or Kaggle's `FILE,CLASS x y x y ...`. Classes may be
+    numbers where `synsets` says which class each is. ValueError naming the file and what is wrong.
     """
     rows = [row for row in _rows(file) if row]
-    names = sorted(
-        text(name) for name in os.listdir(folder) if is_image(name) and not is_hidden(name)
-    )
     if rows and rows[0][-1] == "PredictionString":
         rows = rows[1:]
     known = set(classes)
     if all(len(row) == 1 or " ".join(row) in known for row in rows):
+        names = image_names(flat_images(folder))
         if len(rows) != len(names):
             raise ValueError(
                 f"--val-labels {file}: {len(rows):,} classes for {len(names):,} images in {folder}"
@@ -55,15 +55,50 @@ def read_labels(
     return found
 
 
-def _rows(file: Path) -> list[list[str]]:
-    """The words of each line; of a .csv, its first two fields."""
+def class_names(file: Path) -> tuple[str, ...]:
+    """The classes, sorted, that the `FILE CLASS ...` lines of `file` name."""
+    names = sorted({row[1] for row in _rows(file) if len(row) > 1})
+    if not names:
+        raise ValueError(f"--val-labels {file}: has no `FILE CLASS` lines")
+    return tuple(names)
+
+
+def read_words(file: Path, classes: Sequence[str]) -> tuple[str, ...] | None:
+    """What `file`, lines of `CLASS<tab>word, synonym ...`, calls each class; None unless all of them.
+
+    The first word is enough, except where two classes share it.
+    """
+    if not file.is_file():
+        return None
+    lines = (line.partition("\t") for line in _lines(file))
+    wanted = set(classes)
+    words = {name.strip(): text.strip() for name, _, text in lines if name.strip() in wanted}
+    if not all(words.get(name) for name in classes):
+        return None
+    first = Counter(text.split(",")[0] for text in words.values())
+    whole = Counter(words.values())
+
+    def shown(name: str) -> str:
+        text = words[name]
+        short = text.split(",")[0]
+        return short if first[short] == 1 else text if whole[text] == 1 else f"{text} ({name})"
+
+    return tuple(map(shown, classes))
+
+
+def _lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{file}: not a text file in UTF-8") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-    # `n01440764 tench, Tinca tinca` is no such line: its comma stands among words.
+
+
+def _rows(file: Path) -> list[list[str]]:
+    """The words of each line; of a .csv, its first two fields."""
+    lines = _lines(file)
+    # In `n01440764 tench, Tinca tinca` the comma stands among words: this is no .csv.
     if lines and all(
         "," in line and not re.search(r"\s", line.split(",")[0].strip())
         for line in lines
@@ -81,7 +116,10 @@ def _class(words: Sequence[str], known: set[str]) -> str:
 
 
 def _numbered(file: Path, used: set[int]) -> dict[int, str]:
-    """What each number stands for: `NUMBER CLASS` lines, or a line a class, counted from 1 or, where 0 is used, from 0."""
+    """The class of each number: `NUMBER CLASS` lines, or one line for each class.
+
+    The latter count from 1 or, where 0 is used, from 0.
+    """
     rows = [row for row in _rows(file) if row]
     if all(len(row) > 1 and row[0].isdecimal() for row in rows):
         numbered = {int(row[0]): row[1] for row in rows}

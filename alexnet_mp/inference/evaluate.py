@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.config.arguments import EvaluateRequest
 from alexnet_mp.config.progress import progress
-from alexnet_mp.data import Store, load
+from alexnet_mp.data import Store, load_split
 from alexnet_mp.inference.ensemble import EnsembleRunner
 from alexnet_mp.inference.load_network import class_difference
 from alexnet_mp.ops.precision import autocast
@@ -41,13 +41,14 @@ def evaluate_checkpoints(request: EvaluateRequest) -> dict[str, Any]:
     return result
 
 
-def _open_split(ensemble: EnsembleRunner, split: str) -> Store:
+def _open_split(ensemble: EnsembleRunner, split: Literal["train", "val", "test"]) -> Store:
     """The images of `split`. Raises ValueError where they have other classes than the networks."""
     config, context, first = ensemble.config, ensemble.context, ensemble.first
     # The checkpoints hold the training images' statistics, so nothing is measured on these images.
     data: DataConfig = replace(config.data, mean="none", color_noise=0.0)
-    splits = load(data, config.run.seed, context.run_once_per_host, context.is_rank0, first.side)
-    store: Store = getattr(splits, split)
+    store = load_split(
+        data, split, config.run.seed, context.run_once_per_host, context.is_rank0, first.side
+    )
     if tuple(store.classes) != first.classes:
         raise ValueError(
             f"--data {data.data} --data-dir {data.data_dir}: "

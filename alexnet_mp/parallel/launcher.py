@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-SCRIPT = (
-    f"launch/{Path(sys.argv[0]).name if Path(sys.argv[0]).parent.name == 'launch' else 'train.py'}"
-)
-HOW_TO_START = (
-    f"start with `torchrun --nproc_per_node=2 {SCRIPT}`, "
-    f"or with `python {SCRIPT}` after `unset RANK WORLD_SIZE`"
-)
+from alexnet_mp.config.command import how_to_start
 
 
 @dataclass(frozen=True)
@@ -45,20 +37,20 @@ class Environment:
             if value is None or not value.isdigit():
                 raise ValueError(
                     f"the environment has {name}={value!r} but not all that a launcher sets; "
-                    + HOW_TO_START
+                    + how_to_start()
                 )
             return int(value)
 
         rank, world_size, port = number("RANK"), number("WORLD_SIZE"), number("MASTER_PORT", "0")
         if rank >= world_size:
             raise ValueError(
-                f"the environment has RANK={rank} but WORLD_SIZE={world_size}; {HOW_TO_START}"
+                f"the environment has RANK={rank} but WORLD_SIZE={world_size}; {how_to_start()}"
             )
         address = variables.get("MASTER_ADDR", "")
         if world_size > 1 and not (address and port):
             raise ValueError(
                 f"the environment has WORLD_SIZE={world_size} but no MASTER_ADDR and MASTER_PORT; "
-                + HOW_TO_START
+                + how_to_start()
             )
         return Environment(
             rank,

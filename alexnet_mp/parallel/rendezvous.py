@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from alexnet_mp.config import Config
+from alexnet_mp.config.command import how_to_start
 from alexnet_mp.config.processes import host_identity
 from alexnet_mp.parallel.devices import gpu_identity, is_mig_slice
 from alexnet_mp.parallel.heartbeat import Heartbeat, process_identity
 from alexnet_mp.parallel.launcher import (
-    HOW_TO_START,
     Environment,
     launcher_keeps_store,
     restarts,
@@ -54,7 +54,7 @@ def rendezvous(environment: Environment, timeout: float) -> Store:
         )
         raise ValueError(
             f"rank {rank} of {size} waited {timeout:g} s: {missing} ({_first_line(error)}); "
-            + HOW_TO_START
+            + how_to_start()
         ) from None
     try:
         store.wait(["arrived/0"], timedelta(seconds=timeout))
@@ -65,7 +65,7 @@ def rendezvous(environment: Environment, timeout: float) -> Store:
         absent = [str(other) for other in range(size) if not store.check([f"arrived/{other}"])]
         raise ValueError(
             f"rank {rank} of {size} waited {timeout:g} s for rank {', '.join(absent)}, "
-            f"which did not start; {HOW_TO_START}"
+            f"which did not start; {how_to_start()}"
         ) from None
     _check_world_size(store, list(range(size)))
     return store
@@ -95,7 +95,7 @@ def _check_world_size(store: Store, ranks: list[int]) -> None:
         if size != sizes[0]:
             raise ValueError(
                 f"rank {rank} was started with WORLD_SIZE={size}, rank 0 with {sizes[0]}; "
-                + HOW_TO_START
+                + how_to_start()
             )
 
 

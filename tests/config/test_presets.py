@@ -49,6 +49,7 @@ TABLE = {
     "color_divides": (False, True, False),  # O 5: / (1 + 0.1)
     "mean": ("image-aligned", "image-center", "half"),  # O 5: always the center crop
     "validation_share": (0.1, 0.1, 0.2),  # T 80/20
+    "validation": ("val", "val", "held-out"),  # P 6, O: all training images, results on val
     "epochs": (90, 90, 50),
     "batch_size": (128, 128, 64),
     "optimizer": ("2012", "2012", "torch"),

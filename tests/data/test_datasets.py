@@ -11,7 +11,7 @@ from image_sets import levels, make_folder
 from ranks import process_group, run
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import dataset_packer, datasets, load, store_format, synthetic
+from alexnet_mp.data import dataset_packer, downloads, load, store_format, synthetic
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -35,7 +35,9 @@ def test_shapes_cached_at_a_smaller_side_are_the_large_ones_reduced(
 ) -> None:
     large, small = load(DataConfig(), 0), load(DataConfig(), 0, side=76)
     assert sorted(path.name for path in cache.iterdir()) == [
-        f"shapes-0-{synthetic.VERSION}-{side}px-store{store_format.VERSION}" for side in (256, 76)
+        f"shapes-0-{synthetic.VERSION}-{side}px-store{store_format.VERSION}-{split}"
+        for side in (256, 76)
+        for split in ("test", "train", "val")
     ]
     assert torch.equal(large.train.gather(range(60), 76), small.train.gather(range(60)))
     assert torch.equal(large.train.statistics(76).mean_image, small.train.statistics(76).mean_image)
@@ -45,9 +47,9 @@ def test_shapes_are_generated_once_for_each_seed(
     few_shapes: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, other = load(DataConfig(), 0, progress=True, side=32), load(DataConfig(), 1, side=32)
-    assert capsys.readouterr().out.count("drawing 108 images") == 1
+    assert capsys.readouterr().out.count("drawing 60 images") == 1
     assert not torch.equal(first.train.gather([0]), other.train.gather([0]))
-    monkeypatch.setattr(synthetic, "generate", None)
+    monkeypatch.setattr(synthetic, "draw", None)
     assert torch.equal(load(DataConfig(), 0, side=32).train.gather([0]), first.train.gather([0]))
 
 
@@ -189,7 +191,7 @@ def test_offline_fashion_mnist_is_one_line_with_the_way_out(
     def fail(*args: object, **options: object) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION", tmp_path / "nowhere")
+    monkeypatch.setattr(downloads, "DEBIAN_FASHION", tmp_path / "nowhere")
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
     with pytest.raises(
         ValueError,
@@ -199,7 +201,7 @@ def test_offline_fashion_mnist_is_one_line_with_the_way_out(
 
 
 @pytest.mark.skipif(
-    not datasets.DEBIAN_FASHION.is_dir(),
+    not downloads.DEBIAN_FASHION.is_dir(),
     reason="apt-get install dataset-fashion-mnist puts the real files there",
 )
 def test_the_real_fashion_mnist_is_found_without_a_download(tmp_path: Path) -> None:

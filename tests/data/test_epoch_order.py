@@ -12,6 +12,7 @@ from image_sets import make_folder, random_store
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer, epoch_order
 from alexnet_mp.data.epoch_order import BLOCK_SIZE, SHUFFLE_WINDOW, ReadAhead, block_order
+from alexnet_mp.data.folder_layout import list_source
 from alexnet_mp.data.shard_writer import Packing
 
 
@@ -86,7 +87,7 @@ def test_the_disk_hears_of_every_image_once_and_a_window_ahead(
 
 @pytest.mark.parametrize("encode", ["raw", "jpeg"])
 def test_announcing_a_store_on_disk_changes_no_pixel(tmp_path: Path, encode: str) -> None:
-    listings = dataset_packer.list_source(make_folder(tmp_path / "set"))
+    listings = list_source(make_folder(tmp_path / "set"))
     dataset_packer.pack(listings, tmp_path / "store", Packing(encode))
     store = Store.open(tmp_path / "store" / "train")
     before = store.gather(range(20))

@@ -11,8 +11,9 @@ from image_sets import load_folder, make_folder, write_image
 from PIL import Image, ImageOps
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Augment, Loader, Store, dataset_packer, decode, jpeg
+from alexnet_mp.data import Augment, Loader, Store, dataset_packer, decode
 from alexnet_mp.data.decode import read_image, try_read
+from alexnet_mp.data.folder_layout import list_source
 from alexnet_mp.data.shard_writer import Packing
 from alexnet_mp.inference.predict import _read as predicted
 
@@ -172,12 +173,12 @@ def test_without_torchvisions_operator_the_pixels_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.fromarray(picture(300, 400)).save(tmp_path / "a.jpg")
-    assert jpeg.fast()
+    assert decode.has_jpeg_operator()
     expected = read_image(tmp_path / "a.jpg")
-    monkeypatch.setattr(jpeg, "fast", lambda: False)
+    monkeypatch.setattr(decode, "has_jpeg_operator", lambda: False)
     assert np.array_equal(read_image(tmp_path / "a.jpg"), expected)
     with pytest.raises(RuntimeError):
-        jpeg.decode(b"no")
+        decode.decode_jpeg(b"no")
 
 
 def test_what_follows_the_end_of_a_jpeg_does_not_matter(tmp_path: Path) -> None:
@@ -329,9 +330,10 @@ def test_a_turned_image_is_stored_and_predicted_on_as_pillow_turns_it(
         upright = np.asarray(ImageOps.exif_transpose(opened).convert("RGB")).transpose(2, 0, 1)
     top, left = (upright.shape[1] - 60) // 2, (upright.shape[2] - 60) // 2
     expected = upright[:, top : top + 60, left : left + 60]
-    write_image(tmp_path / "set" / "test" / "cat" / "b.png")
+    for folder in ("train/dog", "test/cat", "test/dog"):
+        write_image(tmp_path / "set" / folder / "b.png")
     dataset_packer.pack(
-        dataset_packer.list_source(tmp_path / "set"),
+        list_source(tmp_path / "set"),
         tmp_path / "store",
         Packing(),
         say=lambda text: None,

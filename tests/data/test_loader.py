@@ -13,6 +13,7 @@ from image_sets import make_folder, mixed_store, random_store
 
 from alexnet_mp.config import Config, DataConfig
 from alexnet_mp.data import Augment, Loader, Splits, Store, build_loaders
+from alexnet_mp.data.folder_layout import list_source
 from alexnet_mp.data.loader import PREFETCH
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -292,7 +293,7 @@ def test_a_jpeg_store_gives_the_batches_of_its_decoded_images(tmp_path: Path) ->
     from alexnet_mp.data.shard_writer import Packing
 
     dataset_packer.pack(
-        dataset_packer.list_source(make_folder(tmp_path / "set")),
+        list_source(make_folder(tmp_path / "set")),
         tmp_path / "store",
         Packing("jpeg"),
     )

@@ -9,8 +9,8 @@ from image_sets import levels, load_folder, make_folder, mixed_store, random_sto
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Store, datasets, load, store_format
+from alexnet_mp.data.decode import resize
 from alexnet_mp.data.statistics import Sums
-from alexnet_mp.data.store import resize
 
 pytestmark = pytest.mark.usefixtures("cache")
 

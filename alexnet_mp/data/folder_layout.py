@@ -1,0 +1,231 @@
+"""Finds the splits in a folder of images: the layouts that data sets are unpacked and exported to.
+
+Known are DIR/train/CLASS/* with val and test likewise or one of them, DIR/CLASS/*, a single folder
+around either, ImageNet's ILSVRC/Data/CLS-LOC and Tiny-ImageNet. Other folders are named and left.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from alexnet_mp.data import image_folder, val_labels
+from alexnet_mp.data.image_folder import Ignored, Listing, listed, visible_folders
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SPELLINGS: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""Names of a split's folder, in upper or lower case."""
+EXPECTED = "train/CLASS/ with images in it, val and test likewise or one of them; or CLASS/ alone"
+ILSVRC = ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
+"""Places of train and val in what ImageNet's archives unpack to."""
+WRAPPERS = 3
+"""Folders around the set, each with one folder in it, that are looked through."""
+ANNOTATIONS = "val_annotations.txt"
+"""Tiny-ImageNet's classes of the images in val/images: file, class, box, separated by tabs."""
+WORDS = "words.txt"
+"""Tiny-ImageNet's words for its class folders, WordNet numbers: number, tab, words."""
+_SPLIT_WORD = re.compile(r"(^|[^a-z])(train|training|test|testing|val|valid|validation)([^a-z]|$)")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """Which folder is which split of an image set."""
+
+    root: Path
+    """The folder that holds the splits, or all classes."""
+    folders: Mapping[Split, Path]
+    """The splits that have labeled images. With bare classes, train is the root itself."""
+    notes: tuple[str, ...] = ()
+    """Lines for the screen about what was left out."""
+    flag: str = "--data-dir"
+    val_labels: Path | None = None
+    """A file with the classes of val's images, where these are not sorted into folders."""
+    val_synsets: Path | None = None
+    """A file that says which class each number in `val_labels` is."""
+
+    def list(self, split: Split) -> Listing:
+        """The images of `split`. Raises ValueError as `image_folder.list_split` does."""
+        folder = self.folders[split]
+        classes = None
+        if split != "train" and "train" in self.folders:
+            classes = tuple(image_folder.class_folders(self.folders["train"], self.flag))
+        if split == "val" and self.val_labels is not None:
+            if classes is None:
+                classes = val_labels.class_names(self.val_labels)
+            labels = val_labels.read_labels(self.val_labels, folder, classes, self.val_synsets)
+            listing = image_folder.list_flat(folder, classes, labels, self.val_labels)
+        else:
+            listing = image_folder.list_split(folder, classes, self.flag)
+        if words := val_labels.read_words(self.root / WORDS, listing.classes):
+            listing = replace(listing, classes=words)
+        return listing
+
+
+def find_layout(
+    directory: Path,
+    flag: str = "--data-dir",
+    labels_file: Path | None = None,
+    synsets_file: Path | None = None,
+) -> FolderLayout:
+    """Looks for the splits of the image set in `directory`, without listing its images.
+
+    `labels_file` gives the classes of val's images where they lie in one folder. Raises
+    FileNotFoundError or ValueError, one line that begins with `flag`, for a folder that is not
+    there or whose layout is not known.
+    """
+    directory = existing_folder(directory, flag)
+    root = _root(directory, flag)
+    notes = [f"{directory}: the images are those of {root}"] if root != directory else []
+    folders = _split_folders(root, flag)
+    if not folders:
+        _check_bare(root, flag)
+        folders = {"train": root}
+    elif unknown := [name for name in visible_folders(root) if root / name not in folders.values()]:
+        notes.append(f"{root}: ignored the folder{'s' * (len(unknown) > 1)} {listed(unknown)}")
+    if labels_file is not None:
+        if "val" not in folders:
+            raise ValueError(f"--val-labels {labels_file}: there is no folder {root / 'val'}")
+    elif synsets_file is not None:
+        raise ValueError(
+            f"--val-synsets {synsets_file}: says what the numbers in --val-labels FILE mean, "
+            "which is not given"
+        )
+    elif "val" in folders and (folders["val"] / ANNOTATIONS).is_file():
+        labels_file = folders["val"] / ANNOTATIONS
+    if "test" in folders and len(folders) > 1 and (count := _unlabeled(folders)):
+        notes.append(f"{folders.pop('test')}: left out, its {count:,} images have no labels")
+    return FolderLayout(root, folders, tuple(notes), flag, labels_file, synsets_file)
+
+
+def list_source(
+    source: Path,
+    labels_file: Path | None = None,
+    synsets_file: Path | None = None,
+    say: Say = print,
+) -> dict[Split, Listing]:
+    """Lists all splits of `source`, to pack them. Raises as `find_layout` and its `list` do."""
+    layout = find_layout(source, "SOURCE", labels_file, synsets_file)
+    check_train(layout)
+    for note in layout.notes:
+        say(note)
+    return {split: layout.list(split) for split in layout.folders}
+
+
+def check_train(layout: FolderLayout) -> None:
+    """FileNotFoundError where `layout` has no training images."""
+    if "train" not in layout.folders:
+        raise FileNotFoundError(
+            f"{layout.flag} {layout.root}: no folder train in it; expected {EXPECTED}"
+        )
+
+
+def report(listings: Mapping[Split, Listing], say: Say) -> None:
+    """Says what may surprise about the listed classes, and what was left out."""
+    ignored = Ignored()
+    for listing in listings.values():
+        ignored.add(listing.ignored)
+        for note in listing.notes:
+            say(f"note: {note}")
+    if str(ignored):
+        place = os.path.commonpath([listing.folder for listing in listings.values()])
+        say(f"{place}: ignored {ignored}")
+
+
+def existing_folder(directory: Path, flag: str, expected: str = EXPECTED) -> Path:
+    """`directory`, or the same in the other encoding of its accents; else FileNotFoundError."""
+    for form in ("NFC", "NFD"):
+        other = Path(unicodedata.normalize(form, str(directory)))
+        if not directory.exists() and other.is_dir():
+            return other
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise ValueError(
+            f"{flag} {directory}: a file, and a folder is expected; unpack an archive first"
+        )
+    raise FileNotFoundError(
+        f"{flag} {directory}: no such folder{_similar(directory)}; expected one with {expected}"
+    )
+
+
+def _similar(directory: Path) -> str:
+    """Which folder may have been meant by one that does not exist."""
+    typed = str(directory)
+    candidates = [typed.strip("'\""), typed.replace("\\ ", " "), os.path.expandvars(typed)]
+    if directory.parent.is_dir():
+        names = [entry.name for entry in os.scandir(directory.parent) if entry.is_dir()]
+        near = difflib.get_close_matches(directory.name, names, 1, 0.8)
+        candidates += [str(directory.parent / name) for name in near]
+    found = [name for name in candidates if name != typed and name and Path(name).is_dir()]
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def _root(directory: Path, flag: str) -> Path:
+    """The folder that holds the splits: `directory`, or one within it that is known to."""
+    place = directory
+    for _ in range(WRAPPERS + 1):
+        if _split_folders(place, flag):
+            return place
+        for name in ILSVRC:
+            if "train" in _split_folders(place / name, flag):
+                return place / name
+        inner = visible_folders(place)
+        if len(inner) != 1:
+            break
+        place = place / inner[0]
+    return directory
+
+
+def _split_folders(root: Path, flag: str) -> dict[Split, Path]:
+    """The folders in `root` that are named as splits. ValueError where two are the same split."""
+    found: dict[Split, Path] = {}
+    names = visible_folders(root) if root.is_dir() else []
+    for split in SPLITS:
+        mine = [name for name in names if name.lower() in SPELLINGS[split]]
+        if len(mine) > 1:
+            raise ValueError(
+                f"{flag} {root}: has both {' and '.join(mine)}, and each may be the {split} split; "
+                "rename or remove one of them"
+            )
+        if mine:
+            found[split] = root / mine[0]
+    return found
+
+
+def _check_bare(root: Path, flag: str) -> None:
+    """Refuses a folder without splits whose folders are not classes either."""
+    names = visible_folders(root)
+    if not names and not image_folder.image_names(root):
+        raise FileNotFoundError(f"{flag} {root}: no folder train in it; expected {EXPECTED}")
+    named = [
+        name
+        for name in names
+        if _SPLIT_WORD.search(name.lower()) and len(visible_folders(root / name)) > 1
+    ]
+    if named:
+        raise ValueError(
+            f"{flag} {root}: {listed(named)} look like splits, not like classes; rename them to "
+            "train, val and test"
+        )
+
+
+def _unlabeled(folders: Mapping[Split, Path]) -> int:
+    """How many images the test folder has, where they are not sorted into classes; else 0."""
+    place = image_folder.flat_images(folders["test"])
+    inner = visible_folders(folders["test"])
+    if inner and not (inner == ["images"] == [place.name] and not visible_folders(place)):
+        return 0
+    return len(image_folder.image_names(place))

@@ -1,0 +1,112 @@
+"""Image folders, packed into the user's cache at first use, and stores that were packed before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_mp.data import dataset_packer, folder_layout
+from alexnet_mp.data.cache import cache_folder, cached
+from alexnet_mp.data.folder_layout import SPLITS, Split
+from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.shard_writer import Packing
+from alexnet_mp.data.source import Request
+from alexnet_mp.data.store import Store
+from alexnet_mp.data.store_format import VERSION, read_header
+
+CACHE = ".alexnet_mp"
+"""Packs are kept here, in the image folder, where the user's cache cannot be written.
+
+The name is hidden: it must not pass for a class.
+"""
+SHOWN = 3
+"""Unreadable files that one line names."""
+
+
+class ImageFolder:
+    """--data folder: image files sorted into splits and classes."""
+
+    def __init__(self, request: Request) -> None:
+        """Looks for the splits. FileNotFoundError or ValueError as `find_layout`."""
+        directory = folder_layout.existing_folder(request.directory, "--data-dir")
+        if _is_store(directory):
+            raise ValueError(
+                f"--data folder --data-dir {directory}: a packed store; use --data store"
+            )
+        self.request, self.layout = request, folder_layout.find_layout(directory)
+        self.splits: Sequence[Split] = [split for split in SPLITS if split in self.layout.folders]
+        for note in self.layout.notes:
+            request.print_rank0(note)
+
+    def describe(self, split: Split) -> str:
+        return str(self.layout.folders[split])
+
+    def open(self, splits: Sequence[Split]) -> dict[Split, Store]:
+        """Lists all of `splits` before the first is packed, which may take hours."""
+        listings = {split: self.layout.list(split) for split in splits}
+        folder_layout.report(listings, self.request.print_rank0)
+        return {split: Store.open(self._packed(split, listings[split])) for split in splits}
+
+    def _packed(self, split: Split, listing: Listing) -> Path:
+        """The store of one split in the cache, packed by one rank of the host if it is not there."""
+        request, folder = self.request, listing.folder.resolve()
+        where = _digest(str(folder).encode(errors="surrogateescape"))
+        key = (VERSION, request.config.on_error, listing.classes, listing.digest())
+
+        def build(path: Path) -> None:
+            for old in sorted((cache_folder() or path.parent).glob(f"folder-{where}-*")):
+                request.print_rank0(
+                    f"{folder} has changed since it was packed into {old}, which can be deleted"
+                )
+            packing = Packing(on_error=request.config.on_error, progress=request.progress)
+            dataset_packer.pack({split: listing}, path, packing, say=lambda text: None, wait=True)
+
+        path = cached(
+            f"folder-{where}-{_digest(repr(key).encode())}",
+            build,
+            f"packing {len(listing):,} images of {folder}",
+            len(listing),
+            request.directory / CACHE,
+            request.run_once_per_host,
+            request.print_rank0,
+            unfinished=f".folder-{where}-{split}.unfinished",
+        )
+        if skipped := read_header(path / split)["skipped"]:
+            request.print_rank0(
+                f"{folder}: left out {len(skipped):,} files that cannot be read: "
+                + "; ".join(f"{file}: {reason}" for file, reason in skipped[:SHOWN])
+                + ("; ..." if len(skipped) > SHOWN else "")
+            )
+        return path / split
+
+
+class PackedStore:
+    """--data store: a folder that launch/pack.py wrote."""
+
+    def __init__(self, request: Request) -> None:
+        """FileNotFoundError or ValueError where there is no store, or an unfinished one."""
+        self.directory = folder_layout.existing_folder(
+            request.directory, "--data-dir", "stores named train, val and test"
+        )
+        if command := dataset_packer.unfinished(self.directory):
+            raise ValueError(
+                f"--data-dir {self.directory}: packing was interrupted; finish it with: {command}"
+            )
+        self.splits: Sequence[Split] = [
+            split for split in SPLITS if (self.directory / split).is_dir()
+        ]
+
+    def describe(self, split: Split) -> str:
+        return str(self.directory / split)
+
+    def open(self, splits: Sequence[Split]) -> dict[Split, Store]:
+        return {split: Store.open(self.directory / split) for split in splits}
+
+
+def _is_store(directory: Path) -> bool:
+    return any((directory / split / "header.json").is_file() for split in SPLITS)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=6).hexdigest()
