@@ -18,7 +18,8 @@ from alexnet_mp.ops import cpu_kernels
 from alexnet_mp.ops.compile import compile_network
 from alexnet_mp.ops.response_norm import slow_norm
 from alexnet_mp.parallel.context import ParallelContext, describe, init_parallel
-from alexnet_mp.parallel.rendezvous import code_version, restarts
+from alexnet_mp.parallel.launcher import restarts
+from alexnet_mp.parallel.rendezvous import code_version
 from alexnet_mp.training import checkpoint, run_messages
 from alexnet_mp.training.input_checks import check_alike
 from alexnet_mp.training.metrics import Scores

@@ -10,7 +10,7 @@ from torch import nn
 
 from alexnet_mp.config import Config, RecipeConfig
 from alexnet_mp.parallel.context import ParallelContext
-from alexnet_mp.parallel.exchange import EVALUATION, TRAINING
+from alexnet_mp.parallel.meter import EVALUATION, TRAINING
 from alexnet_mp.training.metrics import Scores
 from alexnet_mp.training.trainer import Trainer
 
