@@ -49,7 +49,7 @@ class ImageFolder:
         return {split: Store.open(self._packed(split, listings[split])) for split in splits}
 
     def _packed(self, split: Split, listing: Listing) -> Path:
-        """The store of one split in the cache, packed by one rank of the host if it is not there."""
+        """The store of one split in the cache; one rank of the host packs it if it is missing."""
         request, folder = self.request, listing.folder.resolve()
         where = _digest(str(folder).encode(errors="surrogateescape"))
         key = (VERSION, request.config.on_error, listing.classes, listing.digest())
