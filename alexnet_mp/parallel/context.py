@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -172,6 +172,30 @@ class ParallelContext:
                         tensors[name] = torch.empty(shape, dtype=next(iter(tensors.values())).dtype)
                         dist.recv(tensors[name], group=self.control, group_src=sender)
         return tensors
+
+    def broadcast_from_rank0(
+        self, tensors: dict[str, Tensor], wanted: Collection[str]
+    ) -> dict[str, Tensor]:
+        """On every rank: those of rank 0's `tensors` that this rank has `wanted`, on the CPU.
+
+        One tensor at a time, so that no rank but 0 holds all of them. `tensors` of other ranks are
+        ignored; what travels is metered as "checkpoint".
+        """
+        if self.control is None:
+            return {name: tensor for name, tensor in tensors.items() if name in wanted}
+        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        received = {}
+        with self.meter.counting("checkpoint"):
+            for name, (shape, dtype) in self.gather(kinds)[0].items():
+                if self.is_rank0:
+                    value = tensors[name].cpu().contiguous()  # gloo sends a slice wrong, unsaid
+                    self.meter.count("weights", "forward", value, self.world_size - 1)
+                else:
+                    value = torch.empty(shape, dtype=dtype)
+                dist.broadcast(value, src=0, group=self.control)
+                if name in wanted:
+                    received[name] = value
+        return received
 
     def run_once_per_host(self, work: Callable[[], None]) -> None:
         """`work` on the first rank of each host while the others wait; its failure is raised on all ranks.

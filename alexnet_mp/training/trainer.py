@@ -438,6 +438,7 @@ class Trainer:
             raise
         except KeyboardInterrupt:
             self.step_sync.abandon()
+            self.stop_requested = False
             self._load_best_weights()
             self._print(self._interrupt_text())
             raise

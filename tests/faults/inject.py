@@ -47,7 +47,7 @@ POINTS = {  # name -> (where the attribute is, its name): what is about to begin
     "rename": (os, "replace"),
     "link": (alexnet_mp.training.checkpoint, "link_atomically"),
     "history": (alexnet_mp.training.run.Run, "_write_history"),
-    "test": (alexnet_mp.training.run.Run, "_finish"),
+    "test": (alexnet_mp.training.run.Run, "_test"),
     "plot": (alexnet_mp.plotting.curves, "draw_curves"),
     "close": (alexnet_mp.parallel.context.ParallelContext, "close"),
 }
