@@ -115,7 +115,7 @@ class Preprocess:
         if isinstance(image, Image.Image):
             image = np.asarray(image.convert("RGB"))
         if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3:
-            image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+            image = torch.tensor(image).permute(2, 0, 1)
         if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
             shape = tuple(getattr(image, "shape", ()))
             raise ValueError(

@@ -48,6 +48,7 @@ def check_mutated(path, content: bytes, count: int = COUNT) -> int:
     return len(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpoint", "safetensors", "grouped"])
 def test_a_damaged_file_is_one_line(tmp_path, kind: str) -> None:
     path = tmp_path / "file"
