@@ -90,8 +90,11 @@ class Listing:
     def _end(self, number: int) -> int:
         return int(self.ends[number]) if number >= 0 else 0
 
-    def digest(self, numbers: range | None = None) -> str:
-        """A digest of the names, classes, sizes and times of change of all images, or of some."""
+    def digest(self, numbers: range | None = None, times: bool = True) -> str:
+        """A digest of names, classes, sizes and times of change, of all images or of some.
+
+        Without `times`, a copy of the folder has the same.
+        """
         rows = range(len(self)) if numbers is None else numbers
         start, stop = rows.start, rows.stop
         first, last = self._end(start - 1), self._end(stop - 1)
