@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,12 +16,10 @@ import torch
 import torch.distributed as dist
 
 from alexnet_mp.config import Config
+from alexnet_mp.config.command import how_to_start
 from alexnet_mp.parallel.heartbeat import Heartbeat, identity
 
-SCRIPT = (
-    f"launch/{Path(sys.argv[0]).name if Path(sys.argv[0]).parent.name == 'launch' else 'train.py'}"
-)
-HOW_TO_START = f"start with `torchrun --nproc_per_node=2 {SCRIPT}`, or with `python {SCRIPT}` after `unset RANK WORLD_SIZE`"
+HOW_TO_START = how_to_start()
 
 
 @dataclass(frozen=True)
