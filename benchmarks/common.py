@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from alexnet_mp.data.shard_writer import cores
+from alexnet_mp.data.decode_pool import cores
 from alexnet_mp.parallel.context import tf32
 
 CACHES = 64 * 2**20  # bytes that push everything else out of the caches of usual machines

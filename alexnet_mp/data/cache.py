@@ -22,8 +22,10 @@ Find = Callable[[Path], Path | None]
 
 ORIGIN = "origin.json"
 """The file in a cached set that says where its images come from."""
+UNUSED = 7 * 24 * 3600.0
+"""Seconds without a start that used a set, after which it is named as unused."""
 SHOWN = 3
-"""Other sets in the cache that one line names."""
+"""Unused sets in the cache that one line names."""
 
 
 def cache_folder(cache_dir: str | None = None) -> Path | None:
@@ -55,14 +57,15 @@ class Cache:
         images: int,
         *,
         find: Find | None = None,
+        lock: str = "",
         unfinished: str = "",
     ) -> Path:
         """The set `name`: found in one of the folders, or made by `build(path)`.
 
         `description` of the work and the number of `images` are for the screen. `find` looks for the set in one folder of the
         cache; None takes the one that has the name. `unfinished`: a name under which `build` finds what it left when it was
-        stopped; without one it starts anew. Two processes never build the same set: the second waits for the first.
-        Raises ValueError where no folder can be written, and whatever `build` raises.
+        stopped; without one it starts anew. Of two processes with the same `lock`, or name if there is none, or with the same
+        `unfinished`, the second waits for the first. Raises ValueError where no folder can be written, and whatever `build` does.
         """
         find = find or (lambda folder: folder / name if (folder / name).is_dir() else None)
 
@@ -73,7 +76,10 @@ class Cache:
             if found() is not None:
                 return
             folder = self._writable()
-            with self._workplace(folder / f".{unfinished or name}.unfinished") as workplace:
+            with (
+                self._workplace(folder / f".{lock or name}.lock"),
+                self._workplace(folder / f".{unfinished or name}.unfinished") as workplace,
+            ):
                 if found() is not None:  # made by the process that held the lock
                     return
                 self.print_line(f"{description} into {folder / name}, once")
@@ -121,7 +127,9 @@ class Cache:
             try:
                 lock.take(wait)
                 break
-            except FileNotFoundError:  # the process that held the lock has finished and removed the folder
+            except (
+                FileNotFoundError
+            ):  # the process that held the lock has finished and removed the folder
                 continue
             except OSError as error:
                 if error.errno is not None:
@@ -136,13 +144,15 @@ class Cache:
                 path.rmdir()
 
     def _report_others(self, folder: Path, name: str) -> None:
-        """Names the other sets that lie in the cache, with their size, when one is added."""
+        """Names the sets in the cache that were not used lately, with their size, when one is added."""
         others = []
         for path in folder.iterdir():
             if path.is_dir() and path.name != name and not path.name.startswith("."):
                 with contextlib.suppress(OSError):
-                    size = sum(file.stat().st_size for file in path.rglob("*"))
-                    others.append((size, path.name, path.stat().st_mtime, origin_of(path)))
+                    used = path.stat().st_mtime
+                    if time.time() - used > UNUSED:
+                        size = sum(file.stat().st_size for file in path.rglob("*"))
+                        others.append((size, path.name, used, origin_of(path)))
         if not others:
             return
         others.sort(reverse=True)
@@ -153,8 +163,8 @@ class Cache:
         ]
         more = "; ..." if len(others) > SHOWN else ""
         self.print_line(
-            f"{folder} also holds {size_text(sum(size for size, *_ in others))} of other image sets, "
-            f"which can be deleted if they are not used: {'; '.join(named)}{more}"
+            f"{folder} also holds {size_text(sum(size for size, *_ in others))} of image sets that were "
+            f"not used for a week; delete what is no longer needed: {'; '.join(named)}{more}"
         )
 
 

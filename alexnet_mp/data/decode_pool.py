@@ -20,7 +20,7 @@ from alexnet_mp.data import store_format
 from alexnet_mp.data.decode import decode_jpeg, encode_jpeg, try_read
 from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.statistics import Sums
-from alexnet_mp.data.store_format import EncodedImage
+from alexnet_mp.data.store_writer import EncodedImage
 
 CHUNK = 16
 """Files that a thread decodes before it hands them over."""

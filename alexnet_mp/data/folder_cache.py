@@ -75,7 +75,8 @@ def packed_folder(listing: Listing, split: Split, packing: Packing, cache: Cache
             f"packing {len(listing):,} images of {folder}",
             len(listing),
             find=find,
-            unfinished=f"folder-{key}",
+            lock=f"folder-{key}",  # copies of the folder, elsewhere, have the same
+            unfinished=f"folder-{_digest(str(folder))}-{split}",  # repaired files do not change it
         )
         / split
     )
@@ -102,8 +103,10 @@ def _holds(pack: Path, split: Split, listing: Listing) -> bool:
 def _same_images(store: Store, path: Path, listing: Listing, rows: Sequence[int]) -> bool:
     """Whether the files of `rows` decode to the images that the store has of them."""
     skipped = {name for name, _ in read_header(path)["skipped"]}
-    left_out = np.array([skipped and listing.name(row) in skipped for row in range(len(listing))])
-    numbers = np.cumsum(~left_out.astype(bool)) - 1  # of each row's image in the store
+    left_out = np.zeros(len(listing), bool)
+    if skipped:
+        left_out[:] = [listing.name(row) in skipped for row in range(len(listing))]
+    numbers = np.cumsum(~left_out) - 1  # of each row's image in the store
 
     def same(row: int) -> bool:
         image = try_read(listing.path(row))
@@ -122,4 +125,6 @@ def _record_times(pack: Path, listing: Listing) -> None:
 
 
 def _digest(*values: object) -> str:
-    return hashlib.blake2b(repr(values).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+    return hashlib.blake2b(
+        repr(values).encode("utf-8", "surrogateescape"), digest_size=6
+    ).hexdigest()

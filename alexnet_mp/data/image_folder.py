@@ -102,12 +102,9 @@ class Listing:
         changes = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist()] if len(labels) else []
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self.names[first:last])
-        for numbers_of in (
-            self.ends[start:stop] - first,
-            self.sizes[start:stop],
-            self.times[start:stop],
-        ):
-            digest.update(numbers_of.astype("<i8").tobytes())
+        numbers_of = [self.ends[start:stop] - first, self.sizes[start:stop]]
+        for values in [*numbers_of, self.times[start:stop]] if times else numbers_of:
+            digest.update(values.astype("<i8").tobytes())
         # Classes are named where they change: a class that is added before others renumbers
         # those, but does not change their images.
         digest.update(repr([(k, self.classes[labels[k]]) for k in changes]).encode())

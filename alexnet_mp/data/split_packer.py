@@ -129,9 +129,7 @@ class _SplitPacker:
             for row, image in zip(self.shards[number], images, strict=True)
             if not isinstance(image, str)
         }
-        shard = store_writer.write_shard(
-            self.path / shard_name(number), list(readable.values())
-        )
+        shard = store_writer.write_shard(self.path / shard_name(number), list(readable.values()))
         manifest = {
             "digest": self.digests[number],
             "entry": shard.entry,
@@ -175,7 +173,10 @@ class _SplitPacker:
         skipped: list[Sequence[str]] = []
         for number in range(len(self.shards)):
             manifest = self._manifest(number)
-            kept, order = np.array(manifest["kept"], np.int64), np.array(manifest["order"], np.int64)
+            kept, order = (
+                np.array(manifest["kept"], np.int64),
+                np.array(manifest["order"], np.int64),
+            )
             ends = np.array(manifest["ends"], np.int64) if self.packing.encode == "jpeg" else None
             index.add(manifest["entry"], order, self.listing.labels[kept], ends)
             for row in kept[order].tolist():
