@@ -16,11 +16,12 @@ from alexnet_mp.config.folder_lock import LOCK_NAME, FolderLock
 from alexnet_mp.config.progress import progress
 from alexnet_mp.data import store_format
 from alexnet_mp.data.decode import SIDE
-from alexnet_mp.data.decode_pool import Packing, cores, decoded, quiet_decoding
+from alexnet_mp.data.decode_pool import Packing, decoded, quiet_decoding
 from alexnet_mp.data.folder_layout import SPLITS, Split
 from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.pack_size import estimated_bytes, free_bytes, packed_bytes, size_text
 from alexnet_mp.data.split_packer import pack_split, packed_files
+from alexnet_mp.ops.cpu_cores import available_cores
 
 UNFINISHED = "unfinished.json"
 """The file in a store's folder that says how its packing was begun, until it is finished."""
@@ -56,7 +57,9 @@ def pack(
         f"STORE {store}",
         f"name a folder on a larger disk{smaller}",
     )
-    say(f"packing {count:,} images into {store}: {size}; {packing.workers or cores()} threads")
+    say(
+        f"packing {count:,} images into {store}: {size}; {packing.workers or available_cores()} threads"
+    )
     store.mkdir(parents=True, exist_ok=True)
     with _locked(store):
         remove_leftovers(store)

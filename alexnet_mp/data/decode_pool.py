@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from alexnet_mp.data.decode import decode_jpeg, encode_jpeg, try_read
 from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.statistics import Sums
 from alexnet_mp.data.store_writer import EncodedImage
+from alexnet_mp.ops.cpu_cores import available_cores
 
 CHUNK = 16
 """Files that a thread decodes before it hands them over."""
@@ -38,11 +38,6 @@ class Packing:
     """Threads; 0: one for each core."""
     progress: bool = False
     """Whether this process shows how far it is."""
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -72,7 +67,7 @@ def decoded(
 
     `shards` gives the rows of the listing that each holds. Threads work a shard ahead.
     """
-    workers = packing.workers or cores()
+    workers = packing.workers or available_cores()
     sums = {number: Sums() if with_sums else None for number in shards}
 
     def work(number: int, rows: range) -> list[EncodedImage | str]:

@@ -21,12 +21,13 @@ from alexnet_mp.config.files import write_atomically
 from alexnet_mp.data.cache import ORIGIN, Cache, origin_of
 from alexnet_mp.data.dataset_packer import check_room
 from alexnet_mp.data.decode import SIDE, try_read
-from alexnet_mp.data.decode_pool import Packing, cores, quiet_decoding
+from alexnet_mp.data.decode_pool import Packing, quiet_decoding
 from alexnet_mp.data.folder_layout import Split
 from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.split_packer import pack_split
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import VERSION, read_header
+from alexnet_mp.ops.cpu_cores import available_cores
 
 COMPARED = 1000
 """Files whose times differ that are compared; of more, as in a copied folder, this many spread evenly."""
@@ -114,7 +115,7 @@ def _same_images(store: Store, path: Path, listing: Listing, rows: Sequence[int]
             return isinstance(image, str) and bool(left_out[row])
         return np.array_equal(image, store.image(int(numbers[row])))
 
-    with quiet_decoding(), ThreadPoolExecutor(cores()) as pool:
+    with quiet_decoding(), ThreadPoolExecutor(available_cores()) as pool:
         return all(pool.map(same, rows))
 
 

@@ -42,9 +42,9 @@ from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.image_folder import list_split
 from alexnet_mp.data.split_packer import pack_split
 from alexnet_mp.parallel.context import ParallelContext
-from alexnet_mp.parallel.rendezvous import Environment
+from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training import checkpoint
-from alexnet_mp.training.run import restore
+from alexnet_mp.training.checkpoint import restore
 from alexnet_mp.training.sgd2012 import build_optimizer
 
 SECONDS = 10  # a file that takes longer counts as a hang
