@@ -140,6 +140,15 @@ def read_image(file: str | Path, side: int = SIDE, warp: bool = False) -> np.nda
     return np.ascontiguousarray(image)
 
 
+def stored_side(file: Path, side: int = SIDE) -> int | None:
+    """The side that `read_image` would give, from the file's header alone; None if it cannot be read."""
+    try:
+        with Image.open(file, formats=_formats()) as opened:
+            return min(side, *opened.size)
+    except Exception:  # Pillow's plugins raise nearly everything for a damaged file
+        return None
+
+
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
