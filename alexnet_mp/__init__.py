@@ -22,12 +22,14 @@ if TYPE_CHECKING:
         preset,
     )
     from alexnet_mp.data import Splits, build_loaders, load
+    from alexnet_mp.inference.load_network import load_network
     from alexnet_mp.model.alexnet import AlexNet, LocalLink
     from alexnet_mp.model.four_layer import build_network
     from alexnet_mp.model.numpy_init import describe_layers, initialize_biases, initialize_weights
     from alexnet_mp.ops.response_norm import LocalResponseNorm
-    from alexnet_mp.parallel.exchange import GroupLink, Meter
-    from alexnet_mp.parallel.rendezvous import choose_device
+    from alexnet_mp.parallel.devices import choose_device
+    from alexnet_mp.parallel.exchange import GroupLink
+    from alexnet_mp.parallel.meter import Meter
     from alexnet_mp.plotting.predictions import draw_samples
     from alexnet_mp.training.schedule import EarlyStopping
     from alexnet_mp.training.sgd2012 import SGD2012
@@ -46,12 +48,14 @@ _MODULES = {
         "preset",
     ),
     "data": ("Splits", "build_loaders", "load"),
+    "inference.load_network": ("load_network",),
     "model.alexnet": ("AlexNet", "LocalLink"),
     "model.four_layer": ("build_network",),
     "model.numpy_init": ("describe_layers", "initialize_biases", "initialize_weights"),
     "ops.response_norm": ("LocalResponseNorm",),
-    "parallel.exchange": ("GroupLink", "Meter"),
-    "parallel.rendezvous": ("choose_device",),
+    "parallel.devices": ("choose_device",),
+    "parallel.exchange": ("GroupLink",),
+    "parallel.meter": ("Meter",),
     "plotting.predictions": ("draw_samples",),
     "training.schedule": ("EarlyStopping",),
     "training.sgd2012": ("SGD2012",),
@@ -83,6 +87,7 @@ __all__ = [
     "initialize_biases",
     "initialize_weights",
     "load",
+    "load_network",
     "preset",
 ]
 

@@ -9,7 +9,8 @@ from alexnet_mp.cli.parser import parse_figures
 from alexnet_mp.cli.process import printing_json, refuse_several_ranks
 from alexnet_mp.inference.finished_run import FinishedRun
 from alexnet_mp.inference.run_pictures import draw
-from alexnet_mp.parallel.rendezvous import Environment, choose_device, set_threads
+from alexnet_mp.parallel.devices import choose_device, set_threads
+from alexnet_mp.parallel.launcher import Environment
 
 
 def figures(argv: Sequence[str]) -> int:

@@ -30,13 +30,13 @@ from alexnet_mp.config.presets import preset
 from alexnet_mp.config.renamed import refuse_old_spellings
 from alexnet_mp.data.dataset_packer import unfinished
 from alexnet_mp.data.folder_layout import find_layout
-from alexnet_mp.parallel.rendezvous import launcher, restarts
+from alexnet_mp.parallel.launcher import launcher, restarts
 from alexnet_mp.training.checkpoint import read_to_resume
 
 DESCRIPTION_MARK = "@description@"
 LAST = "last"
 """The value of `--resume` without a file."""
-FREE_ON_RESUME = {"epochs", "max_steps", "patience", "delta", "data_dir"}
+FREE_ON_RESUME = {"epochs", "max_steps", "patience", "delta", "data_dir", "cache_dir"}
 """Fields that may change when a run is resumed, besides those of the machine and the placement."""
 MACHINE_DEFAULTS = {
     "device": "auto",

@@ -25,24 +25,14 @@ from tqdm import tqdm
 
 from alexnet_mp.config.command import typed_program
 from alexnet_mp.config.files import OUT_OF_SPACE
-from alexnet_mp.parallel import heartbeat
-from alexnet_mp.parallel.rendezvous import Environment
+from alexnet_mp.parallel import failure, heartbeat
+from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training.trainer import NonFiniteError, Trainer
 
 HEAD_START = 3.0
 """Seconds that rank 0 has to print what all ranks know, before another one prints it."""
 CONNECTED = 0.5
 """Likewise once the ranks are connected, when a rank sees whether rank 0 has printed it."""
-LOST = (
-    "connection",
-    "timed out",
-    "timeout",
-    "gloo",
-    "nccl",
-    "socket",
-    "peer",
-    "store",
-)  # words of torch's errors when a peer is gone
 ONE_PRESS = 0.3
 """Seconds within which a second Ctrl-C is the first one again, forwarded by torchrun."""
 STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
@@ -177,7 +167,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     except RuntimeError as error:
         code = (
             _lost(error)
-            if any(word in str(error).lower() for word in LOST) and heartbeat.current()
+            if failure.is_backend_error(error) and heartbeat.current()
             else _unexpected(error)
         )
     except BaseException as error:
@@ -208,10 +198,7 @@ def fail(error: BaseException | str, code: int, alike: bool = False) -> int:
         message = message if alike else f"rank {rank}: {message}"
     elif several and code == 1 and not alike:
         message = f"rank 0: {message}"
-    first, cause = heart.post(message) if heart else (True, message)
-    if first:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    heartbeat.tell_torchrun(cause)
+    heartbeat.report(message)
     return code
 
 
@@ -223,22 +210,20 @@ def _lost(error: RuntimeError) -> int:
         return fail(heartbeat.WITHOUT_STORE, 1, alike=True)
     if cause is None:
         return fail(
-            f"lost another rank, or it did not answer within --timeout ({_first_line(error)})", 1
+            failure.explain_nccl_error(error)
+            or f"lost another rank, or it did not answer within --timeout ({_first_line(error)})",
+            1,
         )
-    heartbeat.tell_torchrun(cause)
+    failure.tell_torchrun(cause)
     return 1
 
 
 def _unexpected(error: BaseException) -> int:
     """A fault of the program's: the whole traceback, of the rank where it began, and the cause once more below it."""
-    heart, several = heartbeat.current(), os.environ.get("WORLD_SIZE", "1") != "1"
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     message = f"{type(error).__name__}: {_first_line(error)}"
     message = f"rank {os.environ.get('RANK', '0')}: {message}" if several else message
-    first, cause = heart.post(message) if heart else (True, message)
-    if first:
-        traceback.print_exception(error)
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    heartbeat.tell_torchrun(cause)
+    heartbeat.report(message, details=lambda: traceback.print_exception(error))
     return 1
 
 

@@ -23,8 +23,8 @@ from alexnet_mp.config.progress import progress
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.ops.precision import LossScale, autocast
 from alexnet_mp.parallel.context import ParallelContext
-from alexnet_mp.parallel.exchange import EVALUATION
-from alexnet_mp.parallel.rendezvous import Environment
+from alexnet_mp.parallel.launcher import Environment
+from alexnet_mp.parallel.meter import EVALUATION
 from alexnet_mp.training.best_weights import BestWeights
 from alexnet_mp.training.diagnostics import Diagnostics
 from alexnet_mp.training.epoch_batches import EpochBatches

@@ -468,7 +468,7 @@ def test_a_criterion_that_gives_no_tensor_is_refused() -> None:
 
 def test_a_mean_is_refused_where_several_ranks_share_a_batch() -> None:
     from alexnet_mp.parallel.context import ParallelContext
-    from alexnet_mp.parallel.rendezvous import Environment
+    from alexnet_mp.parallel.launcher import Environment
 
     context = ParallelContext(Environment(world_size=2), torch.device("cpu"), (0, 1))
     with pytest.raises(ValueError, match='2 data ranks need its sum \\(reduction="sum"\\)'):
