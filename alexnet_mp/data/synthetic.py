@@ -18,13 +18,12 @@ from PIL import Image, ImageDraw
 
 from alexnet_mp.config.progress import progress
 from alexnet_mp.config.seeds import combine
-from alexnet_mp.data.cache import cached
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.folder_layout import SPLITS, Split
 from alexnet_mp.data.source import Request
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import VERSION as STORE_VERSION
-from alexnet_mp.data.store_format import Writer
+from alexnet_mp.data.store_writer import StoreWriter
 
 VERSION = 2
 SIDE = 256
@@ -70,20 +69,17 @@ class Shapes:
             bar = progress(
                 total=count, description="shapes", unit="images", enabled=request.progress
             )
-            with bar, Writer(path, CLASSES) as writer:
+            with bar, StoreWriter(path, CLASSES) as writer:
                 for index, image in enumerate(_drawn(request.seed, split, side, range(count))):
                     writer.add(image, index % len(CLASSES))
                     bar.update()
 
         return Store.open(
-            cached(
+            request.cache(request.directory).get(
                 f"shapes-{request.seed}-{VERSION}-{side}px-store{STORE_VERSION}-{split}",
                 build,
                 f"drawing {count:,} images of {len(CLASSES)} shapes",
                 count,
-                request.directory,
-                request.run_once_per_host,
-                request.print_rank0,
             )
         )
 

@@ -11,7 +11,7 @@ from image_sets import levels, make_folder
 from ranks import process_group, run
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import dataset_packer, downloads, load, store_format, synthetic
+from alexnet_mp.data import downloads, folder_cache, load, store_format, synthetic
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -214,8 +214,11 @@ def test_the_real_fashion_mnist_is_found_without_a_download(tmp_path: Path) -> N
 def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int]:
     """What `ParallelContext.run_once_per_host` does, in short; counts the packings that this rank did."""
     packed = []
-    pack = dataset_packer.pack_split
-    dataset_packer.pack_split = lambda *args: (packed.append(1), pack(*args))[1]
+    pack = folder_cache.pack_split
+    folder_cache.pack_split = lambda *args, **options: (
+        packed.append(1),
+        pack(*args, **options),
+    )[1]
     with process_group():
 
         def run_once_per_host(work) -> None:

@@ -11,7 +11,7 @@ from image_sets import levels, load_folder, make_folder, random_store, write_ima
 from PIL import Image
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import dataset_packer, decode, load, shard_writer, store_format
+from alexnet_mp.data import decode, decode_pool, folder_cache, load, store_format
 
 CIFAR_JPEG = Path(__file__).resolve().parents[3] / "shared/data/cifar10-jpeg.tar.gz"
 IMAGENET = Path(__file__).resolve().parents[3] / "shared/data/imagenet-samples.tar"
@@ -137,7 +137,7 @@ def test_a_folder_is_packed_once(
     assert [f"packing 20 images of {root / name}" in out for name in ("train", "test")] == [
         True
     ] * 2
-    monkeypatch.setattr(dataset_packer, "pack", None)
+    monkeypatch.setattr(folder_cache, "pack_split", None)
     assert levels(load_folder(root).train) == levels(first.train)
     assert "packing" not in capsys.readouterr().out
 
@@ -171,10 +171,8 @@ def test_what_was_packed_before_a_damaged_file_stopped_it_is_not_decoded_again(
         load_folder(root)
     damaged.write_bytes(content)
     decoded: list[Path] = []
-    read = shard_writer.try_read
-    monkeypatch.setattr(
-        shard_writer, "try_read", lambda file: (decoded.append(file), read(file))[1]
-    )
+    read = decode_pool.try_read
+    monkeypatch.setattr(decode_pool, "try_read", lambda file: (decoded.append(file), read(file))[1])
     load_folder(root)
     assert len(decoded) == 4 + 20  # the shard that it was in, and test
 

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer, decode
 from alexnet_mp.data.decode import read_image, try_read
+from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.folder_layout import list_source
-from alexnet_mp.data.shard_writer import Packing
-from alexnet_mp.inference.predict import _read as predicted
+from alexnet_mp.inference.load_network import read_square
 
 pytestmark = pytest.mark.usefixtures("cache")
 RED, BLUE = (200, 30, 60), (20, 40, 220)
@@ -339,7 +339,7 @@ def test_a_turned_image_is_stored_and_predicted_on_as_pillow_turns_it(
         say=lambda text: None,
     )
     assert np.array_equal(Store.open(tmp_path / "store" / "train").image(0), expected)
-    assert np.array_equal(predicted(str(path), 60).numpy(), expected)
+    assert np.array_equal(read_square(str(path), 60).numpy(), expected)
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])

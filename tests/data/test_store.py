@@ -8,7 +8,7 @@ import torch
 from image_sets import levels, load_folder, make_folder, mixed_store, random_store
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Store, datasets, load, store_format
+from alexnet_mp.data import Store, datasets, load, store_writer
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.statistics import Sums
 
@@ -175,7 +175,7 @@ def test_verifying_finds_a_single_changed_pixel(tmp_path: Path) -> None:
 
 def test_a_store_that_could_not_be_written_whole_leaves_nothing_behind(tmp_path: Path) -> None:
     def write() -> None:
-        with store_format.Writer(tmp_path / "store", ["a"]) as writer:
+        with store_writer.StoreWriter(tmp_path / "store", ["a"]) as writer:
             writer.add(np.zeros((3, 4, 4), np.uint8), 0)
             writer.add(np.zeros((3, 4, 4)), 0)
 
