@@ -2,7 +2,8 @@
 
 from alexnet_mp.config import Config, DataConfig, ModelConfig, RecipeConfig, RunConfig
 from alexnet_mp.config.presets import PRESETS, preset
-from alexnet_mp.model.alexnet import AlexNet, LocalLink
+from alexnet_mp.model.alexnet import AlexNet
+from alexnet_mp.model.cross_column import LocalLink
 from alexnet_mp.model.four_layer import build_network
 from alexnet_mp.model.numpy_init import initialize_biases, initialize_weights
 from alexnet_mp.ops.response_norm import LocalResponseNorm

@@ -17,7 +17,7 @@ from alexnet_mp.config.files import remove_leftovers, write_atomically
 from alexnet_mp.config.folder_lock import LOCK_NAME, FolderLock
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.model.alexnet import AlexNet
-from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.ops.compile import compile_network
 from alexnet_mp.ops.response_norm import slow_norm
 from alexnet_mp.parallel.context import ParallelContext, describe, init_parallel
@@ -100,7 +100,7 @@ class Run:
             f"--cuda-graphs: {kind} has none; leave the flag out, or give --compile instead",
         )
         if kind == "cpu":
-            cpu_kernels.keep_freed_memory()
+            keep_freed_memory()
         if config.model.lrn and (slow := slow_norm(kind)):
             self.print_rank0(f"note: {slow}")
         splits = load(
