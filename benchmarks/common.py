@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from alexnet_mp.data.shard_writer import cores
-from alexnet_mp.parallel.context import tf32
+from alexnet_mp.ops.cpu_cores import available_cores
+from alexnet_mp.parallel.devices import tf32
 
 CACHES = 64 * 2**20  # bytes that push everything else out of the caches of usual machines
 
@@ -187,7 +187,7 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
     return {
         "device": device.type,
         "device_name": name,
-        "cores": cores(),
+        "cores": available_cores(),
         "threads_in_all": threads,
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -217,8 +217,8 @@ def describe(place: dict[str, Any]) -> str:
 
 def choose_device(asked: str) -> torch.device:
     """The device that a single rank would take."""
-    from alexnet_mp.parallel.rendezvous import Environment
-    from alexnet_mp.parallel.rendezvous import choose_device as choose
+    from alexnet_mp.parallel.devices import choose_device as choose
+    from alexnet_mp.parallel.launcher import Environment
 
     return choose(asked, Environment())
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from cases import Case
 from cases import Worker as Rank
-from common import Contestant, Spread, cores, rounded
+from common import Contestant, Spread, available_cores, rounded
 from tqdm import tqdm
 from tyro.conf import arg
 
@@ -72,14 +72,14 @@ class Pair(Rank):
     def ours(self, numel: int) -> float:
         """Seconds until `numel` values have gone each way through the link's own transfer."""
         link, x = (
-            GroupLink(self.context.mesh["column"].get_group()),
+            GroupLink(self.context.model_group),
             torch.ones(numel, device=self.device),
         )
         return self._timed(lambda: Transfer([x], link).wait())
 
     def raw(self, numel: int) -> float:
         """Times raw torch.distributed, from host memory where the backend sends only from there."""
-        group = self.context.mesh["column"].get_group()
+        group = self.context.model_group
         where = "cpu" if self.context.backend == "gloo" else self.device
         sent, received, peer = (
             torch.ones(numel, device=where),
@@ -123,7 +123,7 @@ class Pair(Rank):
             )
 
         hook.__annotations__ = {}  # torch compares types, which are strings in this file
-        self.replica.register_comm_hook(self.context.mesh["data"].get_group(), hook)
+        self.replica.register_comm_hook(self.context.data_group, hook)
         self.run(1)
         ranks = self.context.data_ranks
         return 2 * (ranks - 1) * sum(reduced) // ranks
@@ -225,7 +225,7 @@ def show(rows: list[dict[str, Any]], counted: dict[str, Any]) -> str:
 def main() -> int:
     request = parse_request(Request, sys.argv[1:], __doc__.split("\n\n")[0])
     device = common.choose_device(request.device)
-    threads = request.threads or max(2, cores())
+    threads = request.threads or max(2, available_cores())
     place = common.machine(device, threads)
     print(common.describe(place), flush=True)
     counted = count_bytes(request, device.type, threads)

@@ -45,8 +45,9 @@ from alexnet_mp.cli.process import printing_json, run_main  # noqa: E402
 from alexnet_mp.config import DataConfig  # noqa: E402
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer  # noqa: E402
 from alexnet_mp.data.image_folder import EXTENSIONS, list_split  # noqa: E402
-from alexnet_mp.data.shard_writer import Packing, cores, pack_split  # noqa: E402
+from alexnet_mp.data.shard_writer import Packing, pack_split  # noqa: E402
 from alexnet_mp.data.transforms import color_axes  # noqa: E402
+from alexnet_mp.ops.cpu_cores import available_cores  # noqa: E402
 
 BATCH, CROP, SIDE = 128, 227, 256
 DRAWN, QUICK = 500, 256
@@ -274,7 +275,7 @@ def row(name: str, rates: list[float], workers: int) -> dict[str, Any]:
 
 def measure(request: Request, folder: Path) -> dict[str, Any]:
     workers, passes = (
-        request.workers or cores(),
+        request.workers or available_cores(),
         min(request.passes, 2) if request.quick else request.passes,
     )
     (folder / "given").mkdir()
@@ -328,7 +329,7 @@ def measure(request: Request, folder: Path) -> dict[str, Any]:
             / len(images)
             for encode in ("raw", "jpeg")
         },
-        "cores": cores(),
+        "cores": available_cores(),
         "load_before": os.getloadavg()[0],
         "machine": platform.processor() or platform.machine(),
         "versions": {

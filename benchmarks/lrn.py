@@ -215,7 +215,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     request = parse_request(Request, sys.argv[1:], __doc__.split("\n\n")[0])
     device = common.choose_device(request.device)
-    torch.set_num_threads(request.threads or common.cores())
+    torch.set_num_threads(request.threads or common.available_cores())
     place = common.machine(device, torch.get_num_threads())
     print(common.describe(place), flush=True)
     rows = measure(request, device)

@@ -32,7 +32,8 @@ from alexnet_mp.cli import parser
 from alexnet_mp.cli.process import printing_json, run_main
 from alexnet_mp.data import Splits, Store, build_loaders, load
 from alexnet_mp.ops.allocator import keep_freed_memory
-from alexnet_mp.parallel.rendezvous import Environment, choose_device, set_threads
+from alexnet_mp.parallel.devices import choose_device, set_threads
+from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.plotting.curves import moving_average
 from alexnet_mp.plotting.page import save_figure
 from alexnet_mp.training.schedule import build_schedule

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import common
 from cases import FORMATS, ROWS, Case
 from cases import Worker as Rank
-from common import Contestant, ContestantFailed, Spread, cores, rounded
+from common import Contestant, ContestantFailed, Spread, available_cores, rounded
 from tqdm import tqdm
 from tyro.conf import arg
 
@@ -314,7 +314,7 @@ def headline(cases: list[Case], tables: list[list[dict[str, Any]]]) -> dict[str,
 def main() -> int:
     request = parse_request(Request, sys.argv[1:], __doc__.split("\n\n")[0])
     device = common.choose_device(request.device)
-    threads = request.threads or max(2, cores())
+    threads = request.threads or max(2, available_cores())
     place = common.machine(device, threads)
     print(common.describe(place), flush=True)
     cases, tables = request.cases(), []

@@ -6,10 +6,17 @@
 `--help` lists the flags. Exit code 1 where a check fails; its row names the remedy.
 """
 
+import signal
 import sys
 
-from alexnet_mp.cli.check import check
-from alexnet_mp.cli.process import run_main
+# Ctrl-C during the seconds that torch takes to import leaves no traceback.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+try:
+    from alexnet_mp.cli.commands import run_command
+except ModuleNotFoundError:
+    print("error: alexnet_mp is not installed: pip install -e .", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
-    run_main(lambda: check(sys.argv[1:]))
+    run_command("check", sys.argv[1:])

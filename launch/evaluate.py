@@ -10,21 +10,14 @@
 import signal
 import sys
 
-signal.signal(
-    signal.SIGINT, signal.SIG_DFL
-)  # Ctrl-C during the seconds that torch takes to import leaves no traceback
+# Ctrl-C during the seconds that torch takes to import leaves no traceback.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from alexnet_mp.cli.parser import parse_evaluate  # noqa: E402
-from alexnet_mp.cli.process import printing_json, run_main  # noqa: E402
-from alexnet_mp.inference.evaluate import evaluate_checkpoints  # noqa: E402
-
-
-def main() -> int:
-    request = parse_evaluate(sys.argv[1:])
-    with printing_json(request.json) as write:
-        write(evaluate_checkpoints(request))
-    return 0
-
+try:
+    from alexnet_mp.cli.commands import run_command
+except ModuleNotFoundError:
+    print("error: alexnet_mp is not installed: pip install -e .", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command("evaluate", sys.argv[1:])

@@ -10,23 +10,14 @@
 import signal
 import sys
 
-signal.signal(
-    signal.SIGINT, signal.SIG_DFL
-)  # Ctrl-C during the seconds that torch takes to import leaves no traceback
+# Ctrl-C during the seconds that torch takes to import leaves no traceback.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from alexnet_mp.cli.parser import is_main_process, parse_predict  # noqa: E402
-from alexnet_mp.cli.process import fail, printing_json, run_main  # noqa: E402
-from alexnet_mp.inference.predict import predict_files  # noqa: E402
-
-
-def main() -> int:
-    request = parse_predict(sys.argv[1:])
-    with printing_json(request.json) as write:
-        answers = predict_files(request)
-        write(answers)
-    bad = [f"{answer['file']}: {answer['error']}" for answer in answers if "error" in answer]
-    return max((fail(line, 2) for line in bad), default=0) if is_main_process() else 0
-
+try:
+    from alexnet_mp.cli.commands import run_command
+except ModuleNotFoundError:
+    print("error: alexnet_mp is not installed: pip install -e .", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command("predict", sys.argv[1:])

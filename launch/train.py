@@ -10,20 +10,14 @@
 import signal
 import sys
 
-signal.signal(
-    signal.SIGINT, signal.SIG_DFL
-)  # Ctrl-C during the seconds that torch takes to import leaves no traceback
+# Ctrl-C during the seconds that torch takes to import leaves no traceback.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from alexnet_mp.cli.parser import parse_train  # noqa: E402
-from alexnet_mp.cli.process import Signals, run_main  # noqa: E402
-from alexnet_mp.training.run import run  # noqa: E402
-
-
-def main() -> int:
-    signals = Signals()
-    result = run(parse_train(sys.argv[1:]), signals.install)
-    return 128 + (signals.received or 15) if result.get("stopped") else 0
-
+try:
+    from alexnet_mp.cli.commands import run_command
+except ModuleNotFoundError:
+    print("error: alexnet_mp is not installed: pip install -e .", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command("train", sys.argv[1:])

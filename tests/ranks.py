@@ -55,7 +55,7 @@ _LIBRARIES = (
     "numpy",
     "pytest",
 )  # the first optimizer imports torch._dynamo: 2 s
-_PACKAGE = ("", ".config", ".model", ".parallel", ".training", ".training.checkpoint")
+_PACKAGE = ("", ".config", ".training.run", ".training.checkpoint", ".cli.train")
 _group_numbers = itertools.count()
 _failed_at: list[float] = []
 

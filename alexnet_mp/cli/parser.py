@@ -1,4 +1,4 @@
-"""The command lines: every field of a configuration or request is a flag, made by tyro from the dataclasses."""
+"""Flags become a configuration or a request: every field of the dataclasses is a flag, made by tyro."""
 
 from __future__ import annotations
 
@@ -7,151 +7,175 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
-from alexnet_mp.config import Config
-from alexnet_mp.config.arguments import EvaluateRequest, PackRequest, PredictRequest
+from alexnet_mp.config import PRESETS, Config
+from alexnet_mp.config.arguments import (
+    EvaluateRequest,
+    FiguresRequest,
+    PackRequest,
+    PredictRequest,
+)
+from alexnet_mp.config.command import torchrun_command, typed_command
 from alexnet_mp.config.presets import preset
-from alexnet_mp.parallel.rendezvous import launcher, restarts
+from alexnet_mp.config.renamed import refuse_old_spellings
+from alexnet_mp.data.dataset_packer import unfinished
+from alexnet_mp.data.folder_layout import find_layout
+from alexnet_mp.parallel.launcher import launcher, restarts
 from alexnet_mp.training.checkpoint import read_to_resume
 
-LAST = "last"  # what `--resume` without a file stands for
-FREE_ON_RESUME = {
-    "epochs",
-    "max_steps",
-    "patience",
-    "delta",
-    "data_dir",
-}  # besides everything of the machine and placement
+DESCRIPTION_MARK = "@description@"
+LAST = "last"
+"""The value of `--resume` without a file."""
+FREE_ON_RESUME = {"epochs", "max_steps", "patience", "delta", "data_dir"}
+"""Fields that may change when a run is resumed, besides those of the machine and the placement."""
+MACHINE_DEFAULTS = {
+    "device": "auto",
+    "backend": "auto",
+    "threads": 0,
+    "workers": 0,
+    "column_ranks": 0,
+    "timeout": 60.0,
+    "compile": False,
+    "cuda_graphs": False,
+    "deterministic": False,
+    "max_steps": 0,
+    "profile": False,
+}
+"""Fields that a resumed run does not take over: it may go on at another placement."""
 
-Kind = TypeVar("Kind")
+Request = TypeVar("Request")
 
-TRAIN = """Trains AlexNet in columns: `torchrun --nproc_per_node=2 launch/train.py [flags]` puts one column on each of two
-GPUs (or CPU processes); `python launch/train.py [flags]` runs all columns on one device. Without flags: the demo preset on
-generated images, no download. A preset is a complete configuration; any flag below changes one field of it."""
+TRAIN = """Trains AlexNet in columns: `{torchrun} [flags]` puts one column on each of two GPUs (or CPU processes); `{python} [flags]` runs
+all columns on one device. Without flags: the demo preset on generated images, no download. A preset is a complete
+configuration; any flag below changes one field of it. The defaults that are shown are those of the preset that is named
+beside --help. Your own photographs: --preset photos --data folder --data-dir DIR, with a folder for each class in DIR."""
 
-EVALUATE = """Measures trained networks: loss, top-1 and top-5 over a split's images. `python launch/evaluate.py --checkpoint
-RUN/best.pt` repeats the test of the run in RUN, on one device or, under torchrun as for training, on several, whatever the
-placement that trained it. --ten-crop averages ten views of each image, as the paper's figures do; several --checkpoint are
-averaged as one network."""
+EVALUATE = """Measures trained networks: loss, top-1 and top-5 over a split's images. `{python} --checkpoint RUN/best.pt`
+repeats the test of the run in RUN, on one device or, under torchrun as for training, on several, whatever the placement
+that trained it. --ten-crop averages ten views of each image, as the paper's figures do; several --checkpoint are averaged
+as one network."""
 
-PREDICT = """Names what is on images: `python launch/predict.py --checkpoint RUN/best.pt cat.jpg dog.png` shows the most
-probable classes of each. Files that cannot be read are named, the others are shown, and the exit code is then 2."""
+PREDICT = """Names what is on images: `{python} --checkpoint RUN/best.pt cat.jpg dog.png` shows the most probable classes of
+each. Files that cannot be read are named, the others are shown, and the exit code is then 2."""
 
-PACK = """Packs an image folder for fast training: `python launch/pack.py SOURCE STORE`, then `launch/train.py --data store --data-dir
-STORE`. Shorter side 256, center 256x256, upright, RGB; images that are smaller keep their size. An interrupted command is repeated: it
-goes on where it was, and the store is the same to the byte."""
+PACK = """Packs an image folder for fast training: `{python} SOURCE STORE`, then train with `--data store --data-dir STORE`.
+Shorter side 256, center 256x256, upright, RGB; images that are smaller keep their size. An interrupted command is
+repeated: it goes on where it was, and the store is the same to the byte."""
+
+FIGURES = """Draws what a run has learned: kernels.png (the first layer, column above column, with its color selectivity),
+curves.png, samples.png (training images), predictions.png (test images with their likeliest classes) and neighbors.png
+(the training images nearest to test images by fc7), into RUN or --out. One process on one device, whatever the placement
+that trained it."""
 
 
 class UsageError(ValueError):
-    """A command line that cannot be; every rank sees the same one."""
+    """A command line that cannot be run; every rank sees the same one."""
+
+
+def _optional_file(words: list[str]) -> str:
+    if len(words) > 1:
+        raise ValueError(f"one checkpoint, not {' '.join(words)}")
+    return words[0] if words else LAST
+
+
+OptionalFile = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[FILE]",
+        instance_from_str=_optional_file,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value] if value else [],
+    ),
+]
+"""A flag whose value may be left out."""
+
+
+@dataclass(frozen=True)
+class _Resume:
+    """The flag that decides which configuration the other flags change."""
+
+    resume: OptionalFile = ""
+
+
+@dataclass(frozen=True)
+class _Peek:
+    """Flags that must be known before the others can be read; None where they are not given."""
+
+    preset: str | None = None
+    out: str | None = None
+    data: str | None = None
+    data_dir: str | None = None
 
 
 def parse_train(argv: Sequence[str]) -> Config:
-    """The configuration that `argv` asks for. UsageError with one line naming the flag; SystemExit(0) after --help."""
-    argv = [
-        word for word in argv if not re.fullmatch("--local[-_]rank=[0-9]+", word)
-    ]  # torch.distributed.launch's; it is in the environment too
-    if "--resume" in argv:  # its value is optional, which tyro does not know
-        at = argv.index("--resume") + 1
-        if at == len(argv) or argv[at].startswith("--"):
-            argv.insert(at, LAST)
-    argv = _continued(argv)
+    """The configuration that `argv` asks for.
+
+    Raises UsageError with one line that names the flag, and SystemExit(0) after --help.
+    """
+    # torch.distributed.launch adds this flag; it is in the environment too.
+    words = [word for word in argv if not re.fullmatch("--local[-_]rank=[0-9]+", word)]
     with _usage_errors():
-        base, checkpoint = _base(argv)
-        # --resume has been read: what the flags change must not be changed back by it.
-        config = _tyro(Config, argv, TRAIN, base).with_fields(resume=base.run.resume)
-    if checkpoint:
-        _refuse_changes(config, base, checkpoint)
+        refuse_old_spellings(words)
+        resumed, words = _split(_Resume, words)
+        peek, _ = _split(_Peek, words)
+        resume = _after_restart(peek.out) or resumed.resume
+        base, checkpoint = _base(peek, resume)
+        config = _tyro(Config, words, _train_help(), base)
+        if checkpoint is None:
+            config = _with_found_data(config, peek)
+        else:
+            _refuse_changes(config, base, checkpoint)
     return config
 
 
-def _continued(argv: list[str]) -> list[str]:
-    """`argv`, continuing OUT/last.pt where torchrun (--max-restarts) starts ranks again whose job has written it."""
-    out = value_of(argv, "--out")
-    if not restarts() or not out or not Path(out, "last.pt").exists():
-        return argv
-    try:
-        wrote = json.loads(Path(out, "config.json").read_text(encoding="utf-8"))["environment"][
-            "launcher"
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return argv
-    if wrote != launcher():
-        return argv  # another run's folder, which the first start has refused too
-    kept = [
-        word
-        for before, word in zip(["", *argv], argv, strict=False)
-        if "--resume" not in (before, word.partition("=")[0])
-    ]
-    return [*kept, "--resume", str(Path(out, "last.pt"))]
-
-
 def parse_evaluate(argv: Sequence[str]) -> EvaluateRequest:
-    """What `argv` asks of evaluate.py; `--checkpoint A B` is `--checkpoint A --checkpoint B`. Raises as `parse_train`."""
-    return parse_request(EvaluateRequest, _repeated(argv, ("--checkpoint", "--weights")), EVALUATE)
+    """The request that `argv` makes; `--checkpoint A B` is `--checkpoint A --checkpoint B`. Raises as `parse_train`."""
+    words = _repeat_flags(argv, ("--checkpoint", "--weights"))
+    return parse_request(EvaluateRequest, words, _described(EVALUATE, "evaluate"))
 
 
 def parse_predict(argv: Sequence[str]) -> PredictRequest:
-    """What `argv` asks of predict.py; what follows a flag's value is an image. Raises as `parse_train`."""
-    return parse_request(PredictRequest, list(argv), PREDICT)
+    """The request that `argv` makes; words behind a flag's value are images. Raises as `parse_train`."""
+    return parse_request(PredictRequest, argv, _described(PREDICT, "predict"))
 
 
 def parse_pack(argv: Sequence[str]) -> PackRequest:
-    """What `argv` asks of pack.py. Raises as `parse_train`."""
-    return parse_request(PackRequest, list(argv), PACK)
+    """The request that `argv` makes. Raises as `parse_train`."""
+    return parse_request(PackRequest, argv, _described(PACK, "pack"))
 
 
-def value_of(argv: Sequence[str], flag: str) -> str | None:
-    """The last value of `flag` in `argv`, written `--flag value` or `--flag=value`."""
-    value = None
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            value = argv[i + 1]
-        elif word.startswith(flag + "="):
-            value = word[len(flag) + 1 :]
-    return value
+def parse_figures(argv: Sequence[str]) -> FiguresRequest:
+    """The request that `argv` makes. Raises as `parse_train`."""
+    return parse_request(FiguresRequest, argv, _described(FIGURES, "figures"))
 
 
-def _base(argv: list[str]) -> tuple[Config, Path | None]:
-    """What the flags change: a preset, or the configuration of the checkpoint that the run continues from."""
-    name, resume, out = (value_of(argv, flag) for flag in ("--preset", "--resume", "--out"))
-    if resume is None:
-        return preset(name or "demo"), None
-    if resume == LAST and not out:
-        raise ValueError(
-            "--resume alone means OUT/last.pt: name the run's folder with --out, or the file with --resume FILE"
-        )
-    path = Path(out or "", "last.pt") if resume == LAST else Path(resume)
-    stored = stored_config(path)
-    if name is not None and name != stored.preset:
-        raise ValueError(
-            f"--preset {name}: {path} was trained with --preset {stored.preset}; leave the flag out to continue it"
-        )
-    return stored.with_fields(
-        resume=str(path),
-        out=out or str(path.parent),
-        device="auto",
-        backend="auto",
-        threads=0,
-        workers=0,
-        column_ranks=0,
-        timeout=60.0,
-        compile=False,
-        cuda_graphs=False,
-        deterministic=False,
-        max_steps=0,
-        profile=False,
-    ), path
+def parse_request(kind: type[Request], argv: Sequence[str], description: str) -> Request:
+    """The request of type `kind`, which has a field `json`, that `argv` makes. Raises as `parse_train`."""
+    with _usage_errors():
+        request = _tyro(kind, argv, description)
+        if is_main_process():
+            _check_writable(getattr(request, "json", ""))
+    return request
+
+
+def is_main_process() -> bool:
+    """Whether this process prints what all ranks know (before any group exists)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def stored_config(path: Path) -> Config:
-    """The configuration of the run that wrote the checkpoint `path`."""
+    """The configuration of the run that wrote the checkpoint `path`. ValueError names the file."""
     content = read_to_resume(path)
     try:
         return Config.from_dict(content["config"])
@@ -159,14 +183,74 @@ def stored_config(path: Path) -> Config:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from None
 
 
+# ---- what the flags change ----------------------------------------------------------------------------------------
+
+
+def _base(peek: _Peek, resume: str) -> tuple[Config, Path | None]:
+    """The configuration that the flags change, and the checkpoint that it comes from, if it is not a preset's."""
+    if not resume:
+        return preset(peek.preset or "demo"), None
+    if resume == LAST and not peek.out:
+        raise ValueError(
+            "--resume alone means OUT/last.pt: name the run's folder with --out, or the file with --resume FILE"
+        )
+    path = Path(peek.out or "", "last.pt") if resume == LAST else Path(resume)
+    stored = stored_config(path)
+    if peek.preset is not None and peek.preset != stored.preset:
+        raise ValueError(
+            f"--preset {peek.preset}: {path} was trained with --preset {stored.preset}; leave the flag out to continue it"
+        )
+    out = peek.out or str(path.parent)
+    return stored.with_fields(resume=str(path), out=out, **MACHINE_DEFAULTS), path
+
+
+def _after_restart(out: str | None) -> str | None:
+    """OUT/last.pt where torchrun (--max-restarts) starts ranks again whose job has written it."""
+    if not restarts() or not out or not Path(out, "last.pt").exists():
+        return None
+    try:
+        content = json.loads(Path(out, "config.json").read_text(encoding="utf-8"))
+        same_job = content["environment"]["launcher"] == launcher()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # Another run's folder is not continued; the first start has refused it too.
+    return str(Path(out, "last.pt")) if same_job else None
+
+
+def _with_found_data(config: Config, peek: _Peek) -> Config:
+    """`config`; where --data-dir is given without --data, with the kind of data that is in that folder.
+
+    Generated images need no folder, so whoever names one means the images in it.
+    """
+    if peek.data_dir is None or peek.data is not None or config.data.data != "shapes":
+        return config
+    path = Path(peek.data_dir).expanduser()
+    packed = any(path.glob("*/header.json")) or unfinished(path) is not None
+    kind = "store" if packed else "folder"
+    if kind == "folder":
+        try:
+            find_layout(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error} (--data says what else it may be)") from None
+    if is_main_process():
+        print(f"--data-dir {path}: taken as --data {kind}", flush=True)
+    return config.with_fields(data=kind)
+
+
 def _refuse_changes(config: Config, stored: Config, path: Path) -> None:
+    """UsageError where a flag would make the resumed run another one than `stored`."""
     for part in ("model", "data", "recipe"):
         for name, value in vars(getattr(config, part)).items():
             before = getattr(getattr(stored, part), name)
             if value != before and name not in FREE_ON_RESUME:
+                other = (
+                    "; training these weights on other images (fine-tuning) is not supported yet"
+                    if part == "data" or name == "classes"
+                    else ", or start a new run without --resume"
+                )
                 raise UsageError(
-                    f"--{name.replace('_', '-')} {value}: {path} was trained with {before}; leave the flag out to continue it, "
-                    "or start a new run without --resume"
+                    f"--{name.replace('_', '-')} {value}: {path} was trained with {before}; "
+                    f"leave the flag out to continue it{other}"
                 )
     for name in ("seed", "precision"):
         value, before = getattr(config.run, name), getattr(stored.run, name)
@@ -176,41 +260,57 @@ def _refuse_changes(config: Config, stored: Config, path: Path) -> None:
             )
 
 
-def parse_request(kind: type[Kind], argv: list[str], description: str) -> Kind:
-    """What `argv` asks for, as a `kind`, which has a field `json`. Raises as `parse_train`."""
-    with _usage_errors():
-        request = _tyro(kind, argv, description)
-        if is_main_process():
-            _check_writable(request.json)
-    return request
+def _train_help() -> str:
+    """The text above the flags of train: how to start, and every preset that exists, a user's own too."""
+    margin = max(map(len, PRESETS)) + 4
+    presets = [
+        textwrap.fill(
+            " ".join((PRESETS[name].__doc__ or "").partition("\n\n")[0].split()),
+            max(_help_width(), margin + 20),
+            initial_indent=f"  {name}".ljust(margin),
+            subsequent_indent=" " * margin,
+        )
+        for name in PRESETS
+    ]
+    return "\n".join([_described(TRAIN, "train"), "", "Presets (--preset NAME):", *presets])
+
+
+def _described(text: str, command: str) -> str:
+    text = text.format(torchrun=torchrun_command(command), python=typed_command(command))
+    return textwrap.fill(" ".join(text.split()), _help_width(), break_on_hyphens=False)
+
+
+def _help_width() -> int:
+    return max(40, min(shutil.get_terminal_size().columns, 100))
+
+
+# ---- tyro ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _usage_errors() -> Iterator[None]:
-    """What goes wrong inside is a mistake in the command line."""
+    """Turns an error inside the block into a UsageError: it is a mistake in the command line."""
     try:
         yield
-    except BrokenPipeError:  # whoever read the help has gone; guarded knows
+    except BrokenPipeError:  # the reader of the help has gone; `run_main` ends quietly
         raise
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
 
 
 def _check_writable(target: str) -> None:
-    """Says before the work, not after it, that its result could not be written."""
+    """Raises ValueError before the work, not after it, where its result could not be written to `target`."""
     path = Path(target).absolute()
     if target in ("", "-"):
         return
     if path.is_dir():
         raise ValueError(f"--json {target}: a folder; name a file in it")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(
-            f"--json {target}: cannot be written"
-            + ("" if path.parent.is_dir() else f", there is no folder {path.parent}")
-        )
+        missing = "" if path.parent.is_dir() else f", there is no folder {path.parent}"
+        raise ValueError(f"--json {target}: cannot be written{missing}")
 
 
-def _repeated(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+def _repeat_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
     """`argv` with each of `flags` before every one of its values: `--checkpoint A B` becomes `--checkpoint A --checkpoint B`."""
     words: list[str] = []
     flag = None
@@ -223,26 +323,70 @@ def _repeated(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
     return words
 
 
-def _tyro(kind: type[Kind], argv: list[str], description: str, default: Kind | None = None) -> Kind:
-    """Tyro's reading of `argv` as a `kind`, whose fields are `default`'s where no flag says otherwise; its boxed message becomes one line."""
+def _split(kind: type[Request], argv: Sequence[str]) -> tuple[Request, list[str]]:
+    """The flags of `kind` in `argv`, and the words that are left."""
+    with _one_line_errors():
+        options: dict[str, Any] = {"return_unknown_args": True, "add_help": False}
+        found, rest = tyro.cli(kind, args=list(argv), **options)
+        return found, list(rest)
+
+
+def _tyro(
+    kind: type[Request], argv: Sequence[str], description: str, default: Request | None = None
+) -> Request:
+    """Tyro's reading of `argv` as a `kind`, whose fields are `default`'s where no flag changes them."""
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    with _one_line_errors(), _help_with(description):
+        result: Request = tyro.cli(
+            tyro.conf.OmitArgPrefixes[kind],
+            args=list(argv),
+            prog=typed_command(),
+            description=DESCRIPTION_MARK,
+            **options,
+        )
+        return result
+
+
+class _HelpScreen(io.StringIO):
+    """Receives tyro's help, in color where a terminal shows it and NO_COLOR does not forbid it."""
+
+    def __init__(self, screen: TextIO) -> None:
+        super().__init__()
+        self._color = screen.isatty() and not os.environ.get("NO_COLOR")
+
+    def isatty(self) -> bool:
+        return self._color
+
+
+@contextlib.contextmanager
+def _help_with(description: str) -> Iterator[None]:
+    """Prints the help that tyro writes inside the block, with `description` in it, on the first rank only.
+
+    Tyro would put the description on one line, however long.
+    """
+    text = _HelpScreen(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        if is_main_process():
+            sys.stdout.write(text.getvalue().replace(DESCRIPTION_MARK, description))
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turns tyro's boxed message and exit into a ValueError of one line."""
     message = io.StringIO()
-    options = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(
-                tyro.conf.OmitArgPrefixes[kind],
-                args=argv,
-                prog=Path(sys.argv[0]).name,
-                description=description,
-                **options,
-            )
+            yield
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_one_line(message.getvalue())) from None
+        raise ValueError(_first_paragraph(message.getvalue())) from None
 
 
-def _one_line(box: str) -> str:
+def _first_paragraph(box: str) -> str:
     """The first paragraph of tyro's box, without its frame."""
     words = []
     for line in box.splitlines()[1:]:
@@ -250,12 +394,5 @@ def _one_line(box: str) -> str:
         if not text:
             break
         words.append(text)
-    return (
-        re.sub(r"^Error parsing \w+: ", "", " ".join(words)).replace("Error parsing ", "")
-        + " (--help lists the flags)"
-    )
-
-
-def is_main_process() -> bool:
-    """Whether this process should say what all ranks know (before any group exists)."""
-    return os.environ.get("RANK", "0") == "0"
+    text = re.sub(r"^Error parsing \w+: ", "", " ".join(words)).replace("Error parsing ", "")
+    return f"{text} (--help lists the flags)"

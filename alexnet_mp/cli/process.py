@@ -1,11 +1,13 @@
-"""How an entry script ends: one readable line for what a user can mend, a stated exit code, and a stop that loses nothing.
+"""How a command ends: one readable line for what a user can mend, a stated exit code, and a stop that loses nothing.
 
-Exit codes: 0 done; 1 training failed; 2 the command, its files or its ranks are wrong; 128 + n stopped by signal n, with everything saved.
+Exit codes: 0 done; 1 training failed; 2 the command, its files or its ranks are wrong; 128 + n stopped by signal n, with
+everything saved; 141 the reader of the output has gone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -16,62 +18,126 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 from tqdm import tqdm
 
-from alexnet_mp.parallel import heartbeat
+from alexnet_mp.config.command import typed_program
+from alexnet_mp.config.files import OUT_OF_SPACE
+from alexnet_mp.parallel import failure, heartbeat
+from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training.trainer import NonFiniteError, Trainer
 
-HEAD_START = (
-    3.0  # seconds that rank 0 has to say what all ranks know, before another one speaks for itself
-)
-CONNECTED = 0.5  # likewise once the ranks are connected, when a rank sees whether rank 0 has spoken
-LOST = (
-    "connection",
-    "timed out",
-    "timeout",
-    "gloo",
-    "nccl",
-    "socket",
-    "peer",
-    "store",
-)  # words of torch's errors when a peer is gone
-ONE_PRESS = 0.3  # seconds within which a second SIGINT is the first one again, come by another way
+HEAD_START = 3.0
+"""Seconds that rank 0 has to print what all ranks know, before another one prints it."""
+CONNECTED = 0.5
+"""Likewise once the ranks are connected, when a rank sees whether rank 0 has printed it."""
+ONE_PRESS = 0.3
+"""Seconds within which a second Ctrl-C is the first one again, forwarded by torchrun."""
+STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
+"""SLURM warns by USR1 before the time limit; HUP comes when a terminal or an ssh connection closes."""
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) end the run after the current step; a second SIGINT ends it at once.
+    """A signal of STOPPING ends the run after the current step, with everything saved.
 
-    They are seen by a thread of their own: the main thread may be inside a collective, where Python's handlers wait until it returns.
+    A second Ctrl-C or Ctrl-\\ ends it at once. Signals are seen by a thread of their own: the main thread may be
+    inside a collective, where Python's handlers wait until it returns.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.trainer: Trainer | None = None
+        self._first = 0.0  # when the first one came
+        self._trainer: Trainer | None = None
 
     def install(self, trainer: Trainer) -> None:
         """From now on signals ask `trainer` to stop."""
-        self.trainer = trainer
+        self._trainer = trainer
         reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), lambda number, frame: None)
+        for name in STOPPING:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, SIGQUIT, SIGUSR1
+            if number is None or (
+                name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
+            ):  # nohup asks to go on when the terminal closes
+                continue
+            signal.signal(number, lambda number, frame: None)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
 
     def _watch(self, reader: socket.socket) -> None:
-        first = None
         while number := reader.recv(1)[0]:
-            now = time.monotonic()
-            if number == signal.SIGINT == self.received and now - first > ONE_PRESS:
-                os._exit(128 + signal.SIGINT)
-            if self.received is None or number == signal.SIGINT:
-                first = now
-            self.received = number
-            self.trainer.stop_requested = True
+            self._receive(number)
+
+    def _receive(self, number: int) -> None:
+        """Asks the trainer to stop, or ends the process where a person insists."""
+        now = time.monotonic()
+        pressed = number in (signal.SIGINT, getattr(signal, "SIGQUIT", None))
+        if pressed and number == self.received and now - self._first > ONE_PRESS:
+            os._exit(128 + number)
+        if self.received is None or pressed:
+            self._first = now
+        self.received = number
+        if self._trainer is not None:
+            self._trainer.stop_requested = True
+
+
+def survive_lost_screen() -> None:
+    """From now on a terminal or reader that has gone does not end the process; what is printed is then lost.
+
+    A closed terminal answers EIO to each write, `| head` EPIPE. What a training saves is worth more than its screen.
+    """
+    sys.stdout, sys.stderr = _SurvivingStream(sys.stdout), _SurvivingStream(sys.stderr)
+
+
+class _SurvivingStream(io.TextIOBase):
+    """A text stream that turns to the null device when its first write fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._unless_gone():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unless_gone():
+            self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # the base class declares an attribute
+        return self._stream.encoding
+
+    @contextlib.contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in OUT_OF_SPACE:  # a full disk under a log file may have room again
+                return
+            with contextlib.suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+            if self is sys.stdout:
+                reason = error.strerror or error
+                print(f"note: the standard output is gone ({reason}); going on", file=sys.stderr)
+
+
+def refuse_several_ranks(command: str) -> None:
+    """ValueError under torchrun: `command` is one process."""
+    if Environment.read().world_size > 1:
+        raise ValueError(
+            f"{typed_program(command)} is one process, which uses all cores: start it with python, not with torchrun"
+        )
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
@@ -101,7 +167,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     except RuntimeError as error:
         code = (
             _lost(error)
-            if any(word in str(error).lower() for word in LOST) and heartbeat.current()
+            if failure.is_backend_error(error) and heartbeat.current()
             else _unexpected(error)
         )
     except BaseException as error:
@@ -132,10 +198,7 @@ def fail(error: BaseException | str, code: int, alike: bool = False) -> int:
         message = message if alike else f"rank {rank}: {message}"
     elif several and code == 1 and not alike:
         message = f"rank 0: {message}"
-    first, cause = heart.post(message) if heart else (True, message)
-    if first:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    heartbeat.tell_torchrun(cause)
+    heartbeat.report(message)
     return code
 
 
@@ -147,22 +210,20 @@ def _lost(error: RuntimeError) -> int:
         return fail(heartbeat.WITHOUT_STORE, 1, alike=True)
     if cause is None:
         return fail(
-            f"lost another rank, or it did not answer within --timeout ({_first_line(error)})", 1
+            failure.explain_nccl_error(error)
+            or f"lost another rank, or it did not answer within --timeout ({_first_line(error)})",
+            1,
         )
-    heartbeat.tell_torchrun(cause)
+    failure.tell_torchrun(cause)
     return 1
 
 
 def _unexpected(error: BaseException) -> int:
     """A fault of the program's: the whole traceback, of the rank where it began, and the cause once more below it."""
-    heart, several = heartbeat.current(), os.environ.get("WORLD_SIZE", "1") != "1"
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     message = f"{type(error).__name__}: {_first_line(error)}"
     message = f"rank {os.environ.get('RANK', '0')}: {message}" if several else message
-    first, cause = heart.post(message) if heart else (True, message)
-    if first:
-        traceback.print_exception(error)
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    heartbeat.tell_torchrun(cause)
+    heartbeat.report(message, details=lambda: traceback.print_exception(error))
     return 1
 
 

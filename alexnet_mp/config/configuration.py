@@ -6,10 +6,12 @@ Each default is the paper's, its section beside it (P 3.3); `presets.py` holds w
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from alexnet_mp.config.model import LAYERS, ModelConfig, check, check_not_negative
+from alexnet_mp.config.renamed import with_current_names
 
 __all__ = ["LAYERS", "Config", "DataConfig", "ModelConfig", "RecipeConfig", "RunConfig"]
 
@@ -54,11 +56,28 @@ class DataConfig:
     """What a draw is multiplied by: the paper says the eigenvalue, the 2012 source takes its square root."""
     color_divides: bool = False
     """Divide the noisy image by 1 + color_noise, as the 2012 source does."""
-    mean: Literal["image-center", "image-aligned", "half", "none"] = "image-center"
-    """What is subtracted: the mean image's center crop (2012 source), the crop's own place in it, or 0.5 after /255."""
+    mean: Literal["image-center", "image-aligned", "values", "half", "none"] = "image-center"
+    """What is subtracted. image-center: the mean image's center crop (2012 source); image-aligned: the crop's own place in it; values: --mean-values; half: 127.5, and the rest is divided by 127.5 (-1 to 1)."""
+    mean_values: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Gray levels (0 to 255) of red, green and blue that --mean values subtracts: 122.67891 116.66877 104.00699 for Caffe's networks."""
+    deviations: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Gray levels by which red, green and blue are divided after the mean: 58.395 57.12 57.375 for torchvision's networks."""
+    color_order: Literal["rgb", "bgr"] = "rgb"
+    """Order of the colors that the network reads; Caffe's networks read bgr."""
+    resize: Literal["shorter", "warp"] = "shorter"
+    """How predict and features make an image square. shorter: by its shorter side, then the center; warp: both sides, whatever the aspect, as Caffe's networks were trained. Stored images are square already."""
 
     def __post_init__(self) -> None:
         check_not_negative(self, "limit_train", "limit_val", "limit_test", "color_noise")
+        for flag, values in (("mean-values", self.mean_values), ("deviations", self.deviations)):
+            check(
+                len(values) == 3 and all(-math.inf < value < math.inf for value in values),
+                f"--{flag} {' '.join(map(str, values))}: three numbers, for red, green and blue",
+            )
+        check(
+            min(self.deviations) > 0,
+            f"--deviations {' '.join(map(str, self.deviations))}: must be positive",
+        )
         check(
             0 < self.validation_share < 1,
             f"--validation-share {self.validation_share}: between 0 and 1",
@@ -226,11 +245,17 @@ class Config:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Config:
-        """The inverse of `to_dict`. Raises ValueError where a field is unknown or refused."""
+        """The inverse of `to_dict`; names and values of earlier versions are brought up to date.
+
+        Raises ValueError where a field is unknown or refused.
+        """
         try:
             parts = {
                 name: kind(
-                    **{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()}
+                    **{
+                        k: tuple(v) if isinstance(v, list) else v
+                        for k, v in with_current_names(values[name]).items()
+                    }
                 )
                 for name, kind in (
                     ("model", ModelConfig),

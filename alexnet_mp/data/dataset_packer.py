@@ -20,7 +20,8 @@ from alexnet_mp.data import store_format
 from alexnet_mp.data.decode import SIDE
 from alexnet_mp.data.folder_layout import SPLITS, Split
 from alexnet_mp.data.image_folder import Listing
-from alexnet_mp.data.shard_writer import Packing, cores, decoded, pack_split, packed_files, quiet
+from alexnet_mp.data.shard_writer import Packing, decoded, pack_split, packed_files, quiet
+from alexnet_mp.ops.cpu_cores import available_cores
 
 UNFINISHED = "unfinished.json"
 """In a store's folder while it is being packed, and after that was interrupted."""
@@ -210,7 +211,7 @@ def _check_room(store: Path, count: int, packing: Packing, say: Say) -> None:
     say(
         f"packing {count:,} images into {store}: {'at most' if packing.encode == 'raw' else 'about'} {need / 1e9:,.2f} GB, "
         + (f"of which {have / 1e9:,.2f} are there, " if have else "")
-        + f"{free / 1e9:,.2f} free; {packing.workers or cores()} threads"
+        + f"{free / 1e9:,.2f} free; {packing.workers or available_cores()} threads"
     )
     if need - have > free:
         raise ValueError(

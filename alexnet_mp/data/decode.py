@@ -64,10 +64,10 @@ def resize(images: Tensor, side: int) -> Tensor:
     )
 
 
-def try_read(file: Path, side: int = SIDE) -> np.ndarray | str:
+def try_read(file: Path, side: int = SIDE, warp: bool = False) -> np.ndarray | str:
     """What `read_image` returns, or the reason why the file cannot be read, in a few words."""
     try:
-        return read_image(file, side)
+        return read_image(file, side, warp)
     except Exception as error:  # Pillow's plugins raise nearly everything for a damaged file
         return _reason(file, error)
 
@@ -112,18 +112,21 @@ def _register_heif() -> str:
     return ""
 
 
-def read_image(file: str | Path, side: int = SIDE) -> np.ndarray:
+def read_image(file: str | Path, side: int = SIDE, warp: bool = False) -> np.ndarray:
     """The image in `file` as it is stored: uint8 RGB (3, s, s), s = min(side, its shorter side).
 
     It is the center square, upright as EXIF says; the first frame of an animation; transparency
     lies on white; 16 bits become 8. Raises OSError and other errors of Pillow's for a file that is
     damaged or no image.
+
+    With `warp` it is the whole image at side x side instead, whatever its aspect and size.
     """
     content = Path(file).read_bytes()
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         width, height = opened.size
         with _one_large if width * height > LARGE else contextlib.nullcontext():
-            square = _center_square(_pixels(opened, content, side))
+            pixels = _pixels(opened, content, side)
+            square = _warped(pixels, side) if warp else _center_square(pixels)
         orientation = 1
         # After the pixels: as a TIFF or HEIC is decoded, it is turned and this is set to 1.
         # Damaged metadata does not spoil the pixels.
@@ -171,6 +174,12 @@ def _center_square(pixels: Tensor) -> Tensor:
     square = pixels[None, :, top : top + shorter, left : left + shorter].expand(-1, 3, -1, -1)
     # Channels last is resized fastest, and to the same bits.
     return square.contiguous(memory_format=torch.channels_last)
+
+
+def _warped(pixels: Tensor, side: int) -> Tensor:
+    """uint8 (1, 3, side, side): both axes resized, each by its own factor."""
+    whole = pixels[None].expand(-1, 3, -1, -1).contiguous()
+    return F.interpolate(whole, (side, side), mode="bilinear", antialias=True)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

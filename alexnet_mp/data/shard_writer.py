@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 import warnings
 import zlib
@@ -33,6 +32,7 @@ from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.statistics import Sums
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import EncodedImage, StoreIndex, shard_name
+from alexnet_mp.ops.cpu_cores import available_cores
 
 SHOWN = 3
 """Bad files that one message names."""
@@ -127,11 +127,6 @@ def pack_split(listing: Listing, path: Path, packing: Packing, with_sums: bool) 
         raise
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No warnings of Pillow's, of odd metadata, one a file; and one thread for each of torch's calls, which are made on all cores at once."""
@@ -158,7 +153,7 @@ def decoded(
     listing: Listing, shards: dict[int, range], packing: Packing, with_sums: bool, bar: tqdm
 ) -> Iterator[tuple[int, list[EncodedImage | str], Sums | None]]:
     """Each of `shards`, decoded: images, or what is wrong with them, in order. Threads work a shard ahead."""
-    workers = packing.workers or cores()
+    workers = packing.workers or available_cores()
     sums = {number: Sums() if with_sums else None for number in shards}
 
     def work(number: int, rows: range) -> list[EncodedImage | str]:

@@ -1,6 +1,7 @@
 """Turns stored images into what the network sees: resize, crop, flip, mean, color; in batches, on the device.
 
-Values are gray levels, 0 to 255, as in 2012, and stay so after the mean is subtracted; only `--mean half` scales them.
+Values are gray levels, 0 to 255, as in 2012, and stay so after the mean is subtracted; only `--mean half` and
+`--deviations` scale them.
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ class Augment:
         self.margin = self.side - image_size  # the last place at which a crop fits
         self.noise_off = False
         self.color_axes: Tensor | None = None
+        self.reversed_colors = config.color_order == "bgr"
+        self.deviations = torch.tensor(config.deviations)[:, None, None].to(device)
+        self.scales_colors = set(config.deviations) != {1.0}
+        if config.mean == "values":
+            values = torch.tensor(config.mean_values)[:, None, None]
+            self.center_mean = values.expand(3, image_size, image_size).contiguous().to(device)
         if not needs_statistics(config):
             return
         if statistics is None:
@@ -170,7 +177,7 @@ class Augment:
         aligned = center = None
         if self.config.mean == "image-aligned":
             aligned = Mean(self.mean_image.numpy(), 0, 0, False)
-        elif self.config.mean == "image-center":
+        elif self.config.mean in ("image-center", "values"):
             # Not flipped with the image: as in the 2012 source.
             center = Mean(self.center_mean.numpy(), 0, 0, False)
         crop = _crop if cpu_kernels.unavailable_reason() else cpu_kernels.crop
@@ -180,6 +187,10 @@ class Augment:
             mean = aligned._replace(top=top, left=left, flip=flip) if aligned else center
             shift = None if color is None else color[row]
             crop(image(row), top, left, flip, mean, constant, shift, divisor, scale, target[row])
+            if self.scales_colors:
+                target[row] /= self.deviations.numpy()
+            if self.reversed_colors:
+                target[row] = target[row, ::-1].copy()
 
         for _ in for_each_row(prepare, range(len(tops))):
             pass
@@ -202,14 +213,18 @@ class Augment:
         values = batched_crop(images, *places).float()
         if self.config.mean == "image-aligned":
             values -= batched_crop(self.mean_image.expand(len(images), -1, -1, -1), *places)
-        elif self.config.mean == "image-center":
+        elif self.config.mean in ("image-center", "values"):
             values -= self.center_mean  # not flipped with the image: as in the 2012 source
         elif self.config.mean == "half":
             values -= 127.5
         return values
 
     def _scaled(self, values: Tensor) -> Tensor:
-        return values.div_(127.5) if self.config.mean == "half" else values
+        if self.config.mean == "half":
+            values.div_(127.5)
+        if self.scales_colors:
+            values.div_(self.deviations)
+        return values.flip(1) if self.reversed_colors else values
 
 
 def _same_for_all(

@@ -18,7 +18,7 @@ from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.ops.precision import autocast
 from alexnet_mp.parallel.context import init_parallel
-from alexnet_mp.parallel.exchange import EVALUATION
+from alexnet_mp.parallel.meter import EVALUATION
 
 Average = Literal["probabilities", "logits"]
 

@@ -13,7 +13,7 @@ from alexnet_mp.data import Store, load_split
 from alexnet_mp.inference.ensemble import EnsembleRunner
 from alexnet_mp.inference.load_network import class_difference
 from alexnet_mp.ops.precision import autocast
-from alexnet_mp.parallel.exchange import EVALUATION
+from alexnet_mp.parallel.meter import EVALUATION
 from alexnet_mp.training.metrics import Scores, evaluate
 
 

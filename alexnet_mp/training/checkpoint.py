@@ -1,10 +1,16 @@
-"""Checkpoints of a run: saved and read again at any placement. `weights/checkpoint_file.py` has the file's contents."""
+"""Saves and resumes a run, at any placement; `weights/checkpoint_file.py` describes the file.
+
+A checkpoint holds the whole network, its velocities and the loop's state, whichever ranks wrote it: each rank
+takes out what belongs to its columns. `last.pt` is the newest one, `best.pt` and `epoch-NNNN.pt` are links to the
+state at the end of an epoch, velocities included, so that training can go on from each of them.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +28,9 @@ from alexnet_mp.weights.checkpoint_file import (
     write_atomically,
 )
 
+if TYPE_CHECKING:
+    from alexnet_mp.training.trainer import Trainer
+
 __all__ = [
     "FORMAT",
     "KINDS",
@@ -29,16 +38,29 @@ __all__ = [
     "epoch_files",
     "link_and_prune",
     "link_atomically",
+    "link_best",
     "load_model",
     "load_velocity",
     "newest_good",
     "read",
     "read_to_resume",
+    "restore",
     "save",
     "write_atomically",
 ]
 
 EPOCH_FILE = re.compile(r"epoch-(\d{4,})\.pt")
+LOOP_KINDS = {
+    "epoch": int,
+    "step": int,
+    "batch": int,
+    "history": list,
+    "best": dict,
+    "schedule": dict,
+    "loss_scale": dict,
+    "tally": dict,
+}
+"""What `Trainer.state_dict` must hold, and of which type, before a trainer is given it."""
 
 
 def save(
@@ -53,10 +75,10 @@ def save(
     links: tuple[Path, ...] = (),
     keep: int = 0,
 ) -> None:
-    """Writes the checkpoint; every rank calls it. The same file is then to be found at each of `links` too.
+    """Writes the checkpoint `path` and makes each of `links` the same file. Every rank calls it.
 
-    Written beside the target, synced and renamed: a kill or a full disk leaves the file that was there before. Of the folder's
-    epoch-NNNN.pt the newest `keep` stay. Raises OSError, on all ranks alike, naming the path.
+    A kill or a full disk leaves the file that was there before. Of the folder's epoch-NNNN.pt the
+    newest `keep` stay; 0 keeps all. Raises OSError that names the path, on all ranks alike.
     """
     parts = {
         "model": model.canonical(lambda p: p.detach()),
@@ -78,43 +100,75 @@ def save(
             link_and_prune(path, links, keep)
         except OSError as error:
             raise OSError(
-                f"{path}: the checkpoint could not be written ({error.strerror or error}); the one before it is intact"
+                f"{path}: the checkpoint could not be written ({error.strerror or error}); "
+                "the one before it is intact"
             ) from None
 
     context.run_on_rank0(write)
 
 
-def link_and_prune(path: Path, links: tuple[Path, ...], keep: int) -> None:
-    """Makes each of `links` the same file as `path`; of its folder's epoch-NNNN.pt the newest `keep` stay, all where that is 0."""
+def link_and_prune(path: Path, links: Iterable[Path], keep: int) -> None:
+    """Makes each of `links` the same file as `path`; then only the newest `keep` epochs stay (0: all)."""
     for link in links:
         link_atomically(path, link)
     for old in epoch_files(path.parent)[keep:] if keep else ():
         old.unlink(missing_ok=True)
 
 
-def epoch_files(folder: Path) -> list[Path]:
-    """The checkpoints of single epochs in `folder`, the newest first."""
-    return sorted(
-        (path for path in folder.glob("epoch-*.pt") if EPOCH_FILE.fullmatch(path.name)),
-        reverse=True,
-        key=lambda path: int(EPOCH_FILE.fullmatch(path.name)[1]),
+def link_best(best: Path, epoch: int, resumed: Path) -> None:
+    """Makes `best` the checkpoint of the best epoch so far, `epoch`, if it is not that already.
+
+    It is searched beside `resumed`, the checkpoint that a run continues, since that may be another
+    folder's, or an older epoch's, or the last that a kill left before best.pt was linked. Raises
+    ValueError where no file has it.
+    """
+    reasons = []
+    beside = (resumed, resumed.with_name("best.pt"), resumed.with_name(f"epoch-{epoch:04}.pt"))
+    for path in (best, *beside):
+        try:
+            loop = read(path)["loop"]
+            if (loop["epoch"], loop["batch"]) == (epoch, 0):
+                if path != best:
+                    link_atomically(path, best)
+                return
+        except (OSError, ValueError, KeyError) as error:
+            reasons.append(str(error))
+    raise ValueError(
+        f"--resume: the best weights so far, of epoch {epoch}, should be beside the checkpoint as "
+        "best.pt" + (f" ({reasons[0]})" if reasons else "")
     )
 
 
+def epoch_files(folder: Path) -> list[Path]:
+    """The checkpoints of single epochs in `folder`, the newest first."""
+    found = [(match, path) for path in folder.glob("epoch-*.pt") if (match := _epoch(path))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _epoch(path: Path) -> int:
+    """The number in epoch-NNNN.pt; 0 for other names."""
+    match = EPOCH_FILE.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
 def newest_good(folder: Path) -> tuple[Path, int] | None:
-    """The checkpoint of the most steps in `folder` that can be read, and its steps; None if there is none."""
-    good = []
+    """The readable checkpoint of the most steps in `folder`, and its steps; None if there is none."""
+    best: tuple[Path, int] | None = None
     for path in [folder / "last.pt", folder / "best.pt", *epoch_files(folder)]:
         try:
-            good.append((int(read(path)["loop"]["step"]), path))
+            steps = int(read(path)["loop"]["step"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    steps, path = max(good, default=(0, None), key=lambda found: found[0])
-    return (path, steps) if path else None
+        if best is None or steps > best[1]:
+            best = (path, steps)
+    return best
 
 
 def read_to_resume(path: Path) -> dict[str, Any]:
-    """As `read`; where the file is damaged, the error names the newest good checkpoint beside it. Which one to take is the user's to say."""
+    """Reads `path`; where it is damaged, the error names the newest good checkpoint beside it.
+
+    Which one to continue from is for the user to decide. Raises as `read`.
+    """
     try:
         return read(path, usual="last.pt")
     except (OSError, ValueError) as error:
@@ -122,8 +176,32 @@ def read_to_resume(path: Path) -> dict[str, Any]:
         if not found:
             raise
         raise ValueError(
-            f"{error}; the newest good one is {found[0]}, of step {found[1]}: continue from it with --resume {found[0]}"
+            f"{error}; the newest good one is {found[0]}, of step {found[1]}: "
+            f"continue from it with --resume {found[0]}"
         ) from None
+
+
+def restore(content: dict[str, Any], model: AlexNet, trainer: Trainer, source: str | Path) -> None:
+    """Sets `trainer` and its `model` to the point at which the checkpoint `content` was written.
+
+    Raises ValueError that names `source` and what does not fit.
+    """
+    loop = content["loop"]
+    wrong = [
+        name
+        for name, kind in LOOP_KINDS.items()
+        if type(loop.get(name)) is not kind or (kind is int and loop[name] < 0)
+    ]
+    refusal = f"{source}: the state of the loop in it cannot be continued"
+    if wrong or not all(isinstance(record, dict) for record in loop["history"]):
+        raise ValueError(f"{refusal} ({', '.join(wrong) or 'history'})")
+    load_model(content, model, source)
+    load_velocity(content, model, trainer.optimizer, source)
+    try:
+        trainer.load_state_dict(loop)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise ValueError(f"{refusal} ({reason})") from None
 
 
 def load_velocity(
@@ -132,7 +210,10 @@ def load_velocity(
     optimizer: torch.optim.Optimizer,
     source: str | Path = "checkpoint",
 ) -> None:
-    """Gives the optimizer the velocities of the columns here. ValueError names the first one that is missing or does not fit."""
+    """Gives `optimizer` the velocities of the columns of `model`.
+
+    Raises ValueError that names the first velocity that is missing or has another shape.
+    """
     velocity = content["velocity"]
     for name, mine in model.state_dict().items():
         if name not in velocity or velocity[name].shape != mine.shape:

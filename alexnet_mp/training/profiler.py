@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from alexnet_mp.parallel.context import ParallelContext
-from alexnet_mp.parallel.exchange import TRAINING
+from alexnet_mp.parallel.meter import TRAINING
 
 WARM_UP, TIMED, TRACED = (
     3,

@@ -28,8 +28,8 @@ from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.ops.precision import LossScale, autocast
 from alexnet_mp.parallel.context import ParallelContext
-from alexnet_mp.parallel.exchange import EVALUATION
-from alexnet_mp.parallel.rendezvous import Environment
+from alexnet_mp.parallel.launcher import Environment
+from alexnet_mp.parallel.meter import EVALUATION
 from alexnet_mp.training.diagnostics import Diagnostics
 from alexnet_mp.training.epoch_batches import EpochBatches
 from alexnet_mp.training.input_checks import (
@@ -438,6 +438,7 @@ class Trainer:
             raise
         except KeyboardInterrupt:
             self.step_sync.abandon()
+            self.stop_requested = False
             self._load_best_weights()
             self._print(self._interrupt_text())
             raise

@@ -1,6 +1,7 @@
 """The command line: every field is a flag, every mistake one line that names it."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -75,6 +76,8 @@ def test_every_field_has_its_flag_in_the_help(capsys) -> None:
         (["--timeout", "0"], "--timeout 0"),
         (["--initial-weights", "he"], "needs 8 values"),
         (["--device", "tpu"], "tpu"),
+        (["--schedule", "log"], "called 2012 now"),
+        (["--resume", "a.pt", "b.pt"], "--resume: one checkpoint, not a.pt b.pt"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_flag_or_value(
@@ -151,6 +154,81 @@ def test_resume_takes_the_flags_that_the_run_already_had(checkpoint_file) -> Non
     assert parse_train([*argv, "--resume", str(checkpoint_file)]) == parse_train(
         ["--resume", str(checkpoint_file)]
     )
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--data", "folder"), ("--classes", "7")])
+def test_resuming_on_other_images_says_that_it_is_not_fine_tuning(
+    checkpoint_file, flag: str, value: str
+) -> None:
+    with pytest.raises(UsageError, match=r"\(fine-tuning\) is not supported yet"):
+        parse_train(["--resume", str(checkpoint_file), flag, value])
+
+
+def test_a_preset_of_ones_own_is_in_the_help(monkeypatch, capsys) -> None:
+    def mine() -> Config:
+        """A preset that is not in the package."""
+        return preset("demo").with_fields(preset="mine", lr=0.125)
+
+    monkeypatch.setitem(PRESETS, "mine", mine)
+    with pytest.raises(SystemExit):
+        parse_train(["--preset", "mine", "--help"])
+    text = capsys.readouterr().out
+    assert "A preset that is not in the package." in text and "(default: 0.125)" in text
+    assert all(f"\n  {name} " in text for name in PRESETS)
+
+
+@pytest.mark.parametrize("no_color", ["1", ""])
+def test_the_help_fits_the_terminal_and_has_color_unless_that_is_unwanted(
+    monkeypatch, capsys, no_color: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with pytest.raises(SystemExit):
+        parse_train(["--help"])
+    text = capsys.readouterr().out
+    assert ("\x1b" in text) == (not no_color)
+    assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines())) <= 60
+
+
+def test_only_the_first_rank_prints_the_help(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parse_train(["--help"])
+    assert capsys.readouterr().out == ""
+
+
+# ---- --data-dir without --data ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("train/cat/1.png", "folder"),
+        ("cat/1.png", "folder"),
+        ("train/header.json", "store"),
+        ("unfinished.json", "store"),
+    ],
+)
+def test_a_data_dir_alone_is_taken_as_it_is(tmp_path, capsys, path: str, kind: str) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).touch()
+    config = parse_train(["--data-dir", str(tmp_path)])
+    assert config == preset("demo").with_fields(data=kind, data_dir=str(tmp_path))
+    assert capsys.readouterr().out == f"--data-dir {tmp_path}: taken as --data {kind}\n"
+
+
+def test_a_data_dir_alone_that_is_not_there_is_refused(tmp_path) -> None:
+    with pytest.raises(UsageError, match=f"^--data-dir {tmp_path}/none: .*--data says what else"):
+        parse_train(["--data-dir", str(tmp_path / "none")])
+
+
+def test_a_data_dir_beside_a_data_set_is_only_its_place(tmp_path, capsys) -> None:
+    for argv in (["--data", "shapes"], ["--data", "cifar10"], ["--preset", "tutorial"]):
+        config = parse_train([*argv, "--data-dir", str(tmp_path)])
+        assert config.data.data == (argv[1] if argv[0] == "--data" else "cifar10")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_configuration_survives_its_dictionary() -> None:

@@ -77,6 +77,10 @@ FREE = {
     "warmup_epochs",  # not of the recipe
     "on_error",
     "shuffle",
+    "mean_values",  # of other programs' networks
+    "deviations",
+    "color_order",
+    "resize",
 }
 
 

@@ -41,9 +41,9 @@ from alexnet_mp.data import Store, try_read
 from alexnet_mp.data.image_folder import list_split
 from alexnet_mp.data.shard_writer import Packing, pack_split
 from alexnet_mp.parallel.context import ParallelContext
-from alexnet_mp.parallel.rendezvous import Environment
+from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training import checkpoint
-from alexnet_mp.training.run import restore
+from alexnet_mp.training.checkpoint import restore
 from alexnet_mp.training.sgd2012 import build_optimizer
 
 SECONDS = 10  # a file that takes longer counts as a hang

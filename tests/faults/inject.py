@@ -29,7 +29,7 @@ import alexnet_mp.training.trainer
 
 POINTS = {  # name -> (where the attribute is, its name): what is about to begin
     "arrive": (alexnet_mp.parallel.context, "rendezvous"),
-    "handshake": (alexnet_mp.parallel.context, "agree"),
+    "handshake": (alexnet_mp.parallel.context, "shake_hands"),
     "groups": (dist, "init_process_group"),
     "data": (alexnet_mp.training.run, "load"),
     "packing": (
@@ -47,7 +47,7 @@ POINTS = {  # name -> (where the attribute is, its name): what is about to begin
     "rename": (os, "replace"),
     "link": (alexnet_mp.training.checkpoint, "link_atomically"),
     "history": (alexnet_mp.training.run.Run, "_write_history"),
-    "test": (alexnet_mp.training.run.Run, "_finish"),
+    "test": (alexnet_mp.training.run.Run, "_test"),
     "plot": (alexnet_mp.plotting.curves, "draw_curves"),
     "close": (alexnet_mp.parallel.context.ParallelContext, "close"),
 }
@@ -88,7 +88,10 @@ def _while_packing(kind: str, note: Path, load: Any, args: tuple, options: dict)
 
         return alone(slow_work)
 
-    struck(lambda: None)
+    if os.environ["LOCAL_RANK"] == "0":
+        struck(lambda: None)
+    else:
+        alone(lambda: None)
     return load(data, seed, alone, *rest, **options)
 
 

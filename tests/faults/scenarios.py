@@ -240,7 +240,7 @@ DISAGREEMENTS = [
         "another seed",
         codes=(2, 2),
         rank_flags={1: ("--seed", "1")},
-        words="rank 1 differs from rank 0 in seed: 0 on rank 0, 1 on rank 1",
+        words="rank 1 differs from rank 0 in --seed: 0 on rank 0, 1 on rank 1",
     ),
     Scenario(
         "another rate",
@@ -304,7 +304,7 @@ DISAGREEMENTS = [
         "a garbled message at the handshake",
         differs="message",
         codes=(2, 2),
-        words="rank 1 says of itself what no rank of this program says",
+        words="rank 1 sent an invalid handshake; check that all ranks run the same version",
     ),
 ]
 

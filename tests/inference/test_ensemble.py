@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import run as run_ranks
 from torch import nn
 
@@ -316,6 +317,20 @@ def test_the_ten_views_of_a_checkpoint_are_the_stack_that_the_augmentation_gives
     assert (mean.max(1).values - mean.min(1).values).min() > 1e-3
     loss = -mean[torch.arange(50), torch.from_numpy(test.labels)].log().mean().item()
     assert evaluate_checkpoints(asked(trained))["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_only_the_split_that_is_asked_for_has_to_be_there(trained, tmp_path, split, cache) -> None:
+    classes = checkpoint.read(trained / "last.pt")["data"]["classes"]
+    for number, name in enumerate(classes):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.new("RGB", (80, 80), (number, 0, 0)).save(tmp_path / split / name / "image.png")
+    result = evaluate_checkpoints(
+        EvaluateRequest(
+            Networks((str(trained / "last.pt"),), threads=1), "test", "folder", str(tmp_path)
+        )
+    )
+    assert result["images"] == len(classes)
 
 
 def test_a_log_shows_how_far_the_evaluation_is(trained, monkeypatch, capsys) -> None:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from alexnet_mp.parallel.rendezvous import Environment, choose_column_ranks, choose_device
+from alexnet_mp.parallel.context import choose_column_ranks
+from alexnet_mp.parallel.devices import choose_device
+from alexnet_mp.parallel.launcher import Environment
 
 LAUNCHED = {
     "RANK": "1",
@@ -87,6 +89,7 @@ def test_data_parallelism_has_to_be_asked_for() -> None:
 def on_a_machine(monkeypatch, gpus: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 

@@ -12,7 +12,8 @@ from alexnet_mp.config import Config, ModelConfig, RunConfig
 from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.parallel.context import init_parallel
-from alexnet_mp.parallel.exchange import TRAINING, GroupLink, Transfer
+from alexnet_mp.parallel.exchange import GroupLink, Transfer
+from alexnet_mp.parallel.meter import TRAINING
 
 
 def small(**changes) -> ModelConfig:

@@ -13,7 +13,7 @@ import torch
 from alexnet_mp import AlexNet, preset
 from alexnet_mp.config.files import temporary_path
 from alexnet_mp.parallel.context import ParallelContext
-from alexnet_mp.parallel.rendezvous import Environment
+from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training import checkpoint
 from alexnet_mp.training.sgd2012 import build_optimizer, velocity_of
 

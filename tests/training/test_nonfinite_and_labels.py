@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from alexnet_mp import AlexNet, Config, ModelConfig, Trainer, preset
 from alexnet_mp.parallel.context import ParallelContext
-from alexnet_mp.parallel.rendezvous import Environment
+from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training import checkpoint
 from alexnet_mp.training.diagnostics import Diagnostics
 from alexnet_mp.training.run import Run, run

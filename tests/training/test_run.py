@@ -1,6 +1,9 @@
 """Whole runs on generated images: the same on two ranks and on one, resumed or not, with every file that the README promises."""
 
 import json
+import math
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +13,10 @@ from ranks import RanksFailed
 from ranks import run as run_ranks
 from small_nets import SMALL
 
-from alexnet_mp import Config
+import alexnet_mp
+from alexnet_mp import AlexNet, Config
 from alexnet_mp.cli.parser import UsageError, parse_train
+from alexnet_mp.parallel.rendezvous import code_version
 from alexnet_mp.training import checkpoint
 from alexnet_mp.training import trainer as trainer_module
 from alexnet_mp.training.run import run
@@ -349,3 +354,61 @@ def test_a_damaged_last_checkpoint_is_refused_with_the_one_to_go_back_to(tmp_pat
         match=r"last.pt: not a readable checkpoint.*newest good one is .*epoch-0002.pt, of step 6",
     ):
         parse_train(["--out", str(out), "--resume"])
+
+
+def train_in_a_folder_of_its_own(rank: int, folder: str, config: Config) -> dict:
+    """A rank on a node that does not share --out."""
+    own = Path(folder) / f"node{rank}"
+    own.mkdir()
+    os.chdir(own)
+    return run(config)
+
+
+def test_ranks_that_do_not_share_the_folder_test_the_best_weights(finished, tmp_path) -> None:
+    config = SMALL.with_fields(out="run")
+    results = run_ranks(train_in_a_folder_of_its_own, 2, str(tmp_path), config, timeout=120)
+    expected = json.loads((finished / "result.json").read_text())["test_loss"]
+    assert [result["test_loss"] for result in results] == [expected, expected]
+    assert (tmp_path / "node0" / "run" / "result.json").exists()
+    assert not (tmp_path / "node1" / "run").exists()
+
+
+def test_each_rank_is_introduced_with_its_columns_and_its_batch(tmp_path, capfd) -> None:
+    config = SMALL.with_fields(epochs=0)
+    one(tmp_path / "one", config)
+    parameters = sum(p.numel() for p in AlexNet(config.with_fields(classes=12).model).parameters())
+    assert (
+        f"rank 0: columns 0 and 1; {parameters:,} parameters; batch 32\n" in capfd.readouterr().out
+    )
+    two(tmp_path / "four", config, ranks=4)
+    lines = [
+        line for line in capfd.readouterr().out.splitlines() if line.startswith("[rank 0] ranks")
+    ]
+    shares = [int(re.search(r"([\d,]+) parameters", line)[1].replace(",", "")) for line in lines]
+    assert sum(shares) == parameters
+    assert lines == [
+        f"[rank 0] ranks {ranks}: column {column}; {share:,} parameters; batch 16 of 32"
+        for column, (ranks, share) in enumerate(zip(("0 and 2", "1 and 3"), shares, strict=True))
+    ]
+
+
+def test_more_epochs_at_resume_say_what_they_do_to_a_cosine(tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    config = SMALL.with_fields(epochs=2, schedule="cosine")
+    one(out, config)
+    assert "schedule is scaled" not in capsys.readouterr().out
+    one(out, config, resume=str(out / "last.pt"), epochs=6)
+    rates = [record["lr"] for record in history(out)]
+    said = re.search(
+        r"cosine schedule is scaled to --epochs, now 6 instead of 2: the learning rate goes "
+        r"from (\S+) to (\S+)\n",
+        capsys.readouterr().out,
+    )
+    assert float(said[1]) == pytest.approx(rates[1], rel=1e-2)
+    assert float(said[2]) == pytest.approx(0.02 * (1 + math.cos(math.pi / 3)) / 2, rel=1e-2)
+
+
+def test_config_json_names_version_and_digest_of_the_code(finished) -> None:
+    environment = json.loads((finished / "config.json").read_text())["environment"]
+    assert environment["alexnet_mp"] == alexnet_mp.__version__
+    assert environment["code"] == code_version()

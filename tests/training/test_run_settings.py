@@ -28,8 +28,8 @@ def set_validation_losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> No
     """Replaces the validation loss after epoch N by the Nth of `losses`; the test keeps its own."""
     scores = Trainer.scores
 
-    def replaced(self: Trainer, loader):
-        found = scores(self, loader)
+    def replaced(self: Trainer, loader, *name: str):
+        found = scores(self, loader, *name)
         if loader.images != QUICK.data.limit_val:
             return found
         return dataclasses.replace(found, loss=losses[self.epoch])
@@ -111,10 +111,10 @@ def test_a_resume_keeps_the_loss_scale_of_fp16(tmp_path) -> None:
     one = prepared(config)
     one.trainer.loss_scale.scale, one.trainer.loss_scale.good_steps = 8.0, 3
     one.train_and_test()
-    one.lock.release()
+    one.folder.release()
     other = prepared(config, resume=str(tmp_path / "run" / "last.pt"))
     other.train_and_test()  # its steps have been done
-    other.lock.release()
+    other.folder.release()
     scale = other.trainer.loss_scale
     assert (scale.scale, scale.good_steps) == (8.0, 4)
 

@@ -1,0 +1,47 @@
+"""The command `pack`: an image folder becomes a store that training reads at full speed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_mp.cli.parser import parse_pack
+from alexnet_mp.cli.process import printing_json, refuse_several_ranks
+from alexnet_mp.config.command import typed_command
+from alexnet_mp.data import dataset_packer, folder_layout
+from alexnet_mp.data.shard_writer import Packing
+
+
+def pack(argv: Sequence[str]) -> int:
+    """Packs, or with --check only reads, the folder that `argv` names. Returns 2 if --check found unreadable files."""
+    request = parse_pack(argv)
+    refuse_several_ranks("pack")
+    source, labels, synsets = (
+        Path(name).expanduser() if name else None
+        for name in (request.source, request.val_labels, request.val_synsets)
+    )
+    assert source is not None  # the flags' check has seen to it
+    packing = Packing(request.encode, request.on_error, request.workers, progress=True)
+    with printing_json(request.json) as write:
+        listings = folder_layout.list_source(source, labels, synsets, _print_line)
+        folder_layout.report(listings, _print_line)
+        if request.check:
+            report = dataset_packer.check(listings, packing)
+            _print_line("\n".join(dataset_packer.report_lines(report)))
+        else:
+            command = f"{typed_command('pack')} {shlex.join(argv)}"
+            store = Path(request.store).expanduser()
+            report = dataset_packer.pack(listings, store, packing, command, _print_line)
+            _print_line("\n".join(dataset_packer.report_lines(report)))
+            _print_line(
+                f"{report['seconds']:.1f} s, {report['images_per_second']:,.0f} images/s; "
+                f"train with --data store --data-dir {request.store}"
+            )
+        write(report)
+    skipped = any(split["skipped"] for split in report["splits"].values())
+    return 2 if request.check and skipped else 0
+
+
+def _print_line(text: str) -> None:
+    print(text, flush=True)
