@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         preset,
     )
     from alexnet_mp.data import Splits, build_loaders, load
+    from alexnet_mp.inference.load_network import load_network
     from alexnet_mp.model.alexnet import AlexNet
     from alexnet_mp.model.cross_column import LocalLink
     from alexnet_mp.model.four_layer import build_network
@@ -48,6 +49,7 @@ _MODULES = {
         "preset",
     ),
     "data": ("Splits", "build_loaders", "load"),
+    "inference.load_network": ("load_network",),
     "model.alexnet": ("AlexNet",),
     "model.cross_column": ("LocalLink",),
     "model.four_layer": ("build_network",),
@@ -87,6 +89,7 @@ __all__ = [
     "initialize_biases",
     "initialize_weights",
     "load",
+    "load_network",
     "preset",
 ]
 

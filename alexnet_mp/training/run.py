@@ -1,7 +1,8 @@
-"""One whole training run, from a configuration to the files in its folder: prepare, restore, train, test, write."""
+"""One whole training run: prepare, restore, train, test, write the files of its folder."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def run(config: Config, install_signals: Callable[[Trainer], None] | None = None
     signal handler may set its `stop_requested`.
 
     Raises ValueError or OSError (one line, naming the flag, file or rank) for what a user can mend,
-    NonFiniteError for a run that diverged, after last.pt was saved with the weights before that step.
+    NonFiniteError for a run that diverged; last.pt then has the weights from before that step.
     """
     context = init_parallel(config)
     one = Run(config, context)
@@ -52,7 +53,7 @@ def run(config: Config, install_signals: Callable[[Trainer], None] | None = None
 
 
 class Run:
-    """A run on this rank. The constructor prepares data, network, trainer; `train_and_test` does the rest."""
+    """A run on this rank. The constructor prepares data, network and trainer."""
 
     def __init__(self, config: Config, context: ParallelContext) -> None:
         self.context = context
@@ -80,9 +81,10 @@ class Run:
             return {"stopped": True, "out": str(self.folder.path)}
 
     def print_rank0(self, text: str) -> None:
-        """Prints on rank 0 only."""
+        """Prints on rank 0 only. A screen that is gone does not end the run."""
         if self.context.is_rank0:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
 
     # --- prepare
 
@@ -121,6 +123,7 @@ class Run:
         self.train_loader: Any = train_loader  # or the profiler's view of it
         images = [len(splits.train), len(splits.val), len(splits.test)]
         self.data: dict[str, Any] = {"classes": classes, "images": images}
+        self.validation = splits.validation
         check_alike(context, splits)
         self.print_rank0(
             f"{config.data.data}: {len(classes)} classes; "
@@ -226,7 +229,7 @@ class Run:
             raise Stopped
 
     def _save(self, record: dict[str, Any] | None = None, improved: bool = False) -> None:
-        """Saves last.pt; with the `record` of an epoch that has ended, links its other names too."""
+        """Saves last.pt; with the `record` of an epoch that has ended, its other names too."""
         trainer, folder, keep = self.trainer, self.folder, self.config.run.keep_checkpoints
         statistics = self.augment.statistics
         self.context.status = f"saving after step {trainer.step}"
@@ -256,7 +259,7 @@ class Run:
     # --- test and write
 
     def _test(self) -> Scores:
-        """Scores of the best weights, or of the current ones if no epoch has ended, on the test split."""
+        """Scores of the best weights, or before the first epoch ends of the current ones."""
         if self.trainer.best["epoch"] is not None:
             self._load_best_weights()
         return self.trainer.scores(self.test_loader, "test")
@@ -284,6 +287,7 @@ class Run:
             "ranks": context.world_size,
             "device": str(context.device),
             "precision": self.config.run.precision,
+            "validation": self.validation,
             "exchange": run_messages.exchange(
                 context, trainer, self.config.model.crossings, self.test_loader.images
             ),
@@ -291,9 +295,10 @@ class Run:
         context.run_on_rank0(lambda: folder.write_result(result))
         if context.is_rank0:
             context.status = "drawing the curves"
-            classes = len(self.data["classes"])
-            if history and (failure := folder.draw_curves(history, classes)):
+            if history and (failure := folder.draw_curves(history, len(self.data["classes"]))):
                 self.print_rank0(failure)
-            self.print_rank0(run_messages.scores(scores, trainer.best["epoch"], classes))
+            logits = self.config.model.classes
+            best_epoch = trainer.best["epoch"]
+            self.print_rank0(run_messages.scores(scores, best_epoch, logits, self.validation))
             self.print_rank0(f"files in {folder.path}: {'  '.join(folder.file_names())}")
         return result

@@ -78,13 +78,14 @@ def stopped(trainer: Trainer, folder: Path) -> str:
     )
 
 
-def scores(found: Scores, best_epoch: int | None, classes: int) -> str:
-    """The line of the final test."""
-    top5 = f", top-{min(5, classes)} {found.top5:.2%}" if classes > 2 else ""
+def scores(found: Scores, best_epoch: int | None, logits: int, validation: str) -> str:
+    """The line of the final test. `validation`: where the validation images came from."""
+    top5 = f", top-{min(5, logits)} {found.top5:.2%}" if logits > 2 else ""
     weights = f"epoch {best_epoch}" if best_epoch else "the last step"
+    chosen = ", which these images chose" if best_epoch and validation == "test images" else ""
     return (
         f"test: loss {found.loss:.4f}, accuracy {found.top1:.2%}{top5} "
-        f"({found.images:,} images, weights of {weights})"
+        f"({found.images:,} images, weights of {weights}{chosen})"
     )
 
 

@@ -212,7 +212,7 @@ def test_only_the_first_rank_prints_the_help(monkeypatch, capsys) -> None:
     ],
 )
 def test_a_data_dir_alone_is_taken_as_it_is(tmp_path, capsys, path: str, kind: str) -> None:
-    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).touch()
     config = parse_train(["--data-dir", str(tmp_path)])
     assert config == preset("demo").with_fields(data=kind, data_dir=str(tmp_path))

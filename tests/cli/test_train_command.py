@@ -1,5 +1,6 @@
 """The commands as people type them: what is on the screen, the exit code, and how long it takes."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -195,11 +196,14 @@ def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(
     assert done.returncode == 0 and f"{steps % 3} steps done" in done.stdout, done.stderr
 
 
-def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("prefix", "number"), [([], signal.SIGTERM), (["nohup"], signal.SIGHUP)])
+def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path, prefix: list[str], number: int) -> None:
+    """nohup does not keep torchrun from ending at HUP: it handles the signal and hands it to the ranks."""
     out = tmp_path / "run"
-    command = [*TORCHRUN, "2", "launch/train.py", *SMALL, "--epochs", "100000", "--out", str(out)]
+    command = [*prefix, *TORCHRUN, "2", "launch/train.py", *SMALL]
     process = subprocess.Popen(
-        command,
+        [*command, "--epochs", "100000", "--out", str(out)],
         cwd=ROOT,
         env=clean_environment(),
         stdout=subprocess.PIPE,
@@ -208,10 +212,38 @@ def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path) -> None:
     )
     while not (out / "last.pt").exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode != 0 and "saved; continue" in stdout.splitlines()[-1], stderr
     assert start(PYTHON, "--out", str(out), "--resume", "--max-steps", "1").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_when_its_terminal_closes(tmp_path) -> None:
+    out, (master, slave) = tmp_path / "run", os.openpty()
+    process = subprocess.Popen(
+        [*PYTHON, *SMALL, "--epochs", "2", "--out", str(out)],
+        cwd=ROOT,
+        env=clean_environment(),
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    assert os.read(master, 10)  # it has begun to print
+    os.close(master)
+    assert process.wait(timeout=120) == 0
+    assert len((out / "history.jsonl").read_text().splitlines()) == 2
+    assert (out / "result.json").exists() and (out / "last.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_when_the_reader_of_its_output_ends(tmp_path) -> None:
+    command = f"{sys.executable} launch/train.py {' '.join(SMALL)} --epochs 2 --out {tmp_path}/run | head -1"
+    done = start(["bash", "-c", f"set -o pipefail; {command}"])
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
+    assert "the standard output is gone" in done.stderr
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_help_into_head_is_no_error() -> None:

@@ -1,10 +1,12 @@
-"""Whole runs on generated images: the same on two ranks and on one, resumed or not, with every file that the README promises."""
+"""Whole runs on generated images: equal on two ranks and one, resumed or not, with all files."""
 
+import io
 import json
 import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ import alexnet_mp
 from alexnet_mp import AlexNet, Config
 from alexnet_mp.cli.parser import UsageError, parse_train
 from alexnet_mp.parallel.rendezvous import code_version
-from alexnet_mp.training import checkpoint
+from alexnet_mp.training import checkpoint, run_messages
 from alexnet_mp.training import trainer as trainer_module
+from alexnet_mp.training.metrics import Scores
 from alexnet_mp.training.run import run
 from alexnet_mp.training.trainer import NonFiniteError
 
@@ -86,6 +89,7 @@ def test_a_run_writes_its_files(finished) -> None:
         "ranks",
         "device",
         "precision",
+        "validation",
         "exchange",
     ]
     assert (result["epochs"], result["steps"], result["ranks"], result["device"]) == (
@@ -122,6 +126,7 @@ def test_a_run_writes_its_files(finished) -> None:
     )
 
 
+@pytest.mark.ranks
 def test_two_ranks_train_exactly_as_one_device_does(finished, tmp_path) -> None:
     result = two(tmp_path / "run")
     ours, theirs = history(tmp_path / "run"), history(finished)
@@ -132,7 +137,7 @@ def test_two_ranks_train_exactly_as_one_device_does(finished, tmp_path) -> None:
         )  # a sum over ranks of sums over columns: another order
         assert mine == other  # everything else bit for bit: own half plus peers' half everywhere
     assert_equal_files(tmp_path / "run" / "last.pt", finished / "last.pt")
-    # 72 images in three epochs, an image sent once to the one peer: 6 maps of 3x3, 4 values after pool5, 24 and 12 classes
+    # An image is sent once, to one peer: 6 maps of 3x3, 4 values after pool5, 24, 12 classes.
     assert result["exchange"]["values_per_image"] == {
         "conv3": 6 * 9,
         "fc6": 4,
@@ -148,6 +153,7 @@ def test_two_ranks_train_exactly_as_one_device_does(finished, tmp_path) -> None:
     assert result["exchange"]["bytes_per_step"] == 32 * 4 * (2 * (54 + 4 + 24) + 12)
 
 
+@pytest.mark.ranks
 def test_four_ranks_as_two_copies_train_as_one_device_to_rounding(finished, tmp_path) -> None:
     result = two(tmp_path / "run", ranks=4)
     for mine, other in zip(history(tmp_path / "run"), history(finished), strict=True):
@@ -155,11 +161,13 @@ def test_four_ranks_as_two_copies_train_as_one_device_to_rounding(finished, tmp_
     assert result["exchange"]["values_per_image"]["conv3"] == 6 * 9
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler for a CPU")
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute:UserWarning"
 )  # torch.compile looks at it itself
-def test_two_compiled_ranks_train_as_one_device_to_rounding_and_exchange_the_same(tmp_path) -> None:
+def test_two_compiled_ranks_train_as_one_device_to_rounding(tmp_path) -> None:
     one(tmp_path / "one", epochs=1)
     result = two(tmp_path / "two", compile=True, epochs=1)
     assert history(tmp_path / "two")[0] == pytest.approx(
@@ -173,6 +181,7 @@ def test_two_compiled_ranks_train_as_one_device_to_rounding_and_exchange_the_sam
     }
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_replayed_as_cuda_graphs_trains_as_one_that_is_not(tmp_path) -> None:
     for name, graphs in (("plain", False), ("graphs", True)):
@@ -201,9 +210,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert_equal_files(out / "best.pt", finished / "best.pt")
 
 
-def test_two_ranks_continue_what_one_device_began_and_the_other_way_round(
-    finished, tmp_path
-) -> None:
+@pytest.mark.ranks
+def test_one_device_and_two_ranks_continue_each_others_runs(finished, tmp_path) -> None:
     out = tmp_path / "run"
     one(out, max_steps=4)
     two(out, resume=str(out / "last.pt"), max_steps=7)
@@ -211,9 +219,7 @@ def test_two_ranks_continue_what_one_device_began_and_the_other_way_round(
     assert_equal_files(out / "last.pt", finished / "last.pt")
 
 
-def test_a_run_that_is_resumed_into_another_folder_takes_its_best_weights_along(
-    finished, tmp_path
-) -> None:
+def test_a_resume_into_another_folder_takes_the_best_weights_along(finished, tmp_path) -> None:
     one(tmp_path / "first", max_steps=5)
     one(tmp_path / "second", resume=str(tmp_path / "first" / "last.pt"))
     assert_equal_files(tmp_path / "second" / "best.pt", finished / "best.pt")
@@ -240,7 +246,7 @@ def test_the_result_is_of_the_best_weights_not_of_the_last(finished) -> None:
 def test_a_matplotlib_that_does_not_work_costs_the_picture_only(
     tmp_path, monkeypatch, capsys
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to process string with tex")
 
     monkeypatch.setattr("alexnet_mp.plotting.curves.draw_curves", broken)
@@ -266,10 +272,8 @@ def test_a_checkpoint_of_other_data_is_refused(finished) -> None:
         one(finished, resume=str(finished / "last.pt"), limit_train=71)
 
 
-@pytest.mark.parametrize("train", [one, two])
-def test_a_loss_that_explodes_stops_all_ranks_and_keeps_the_weights_from_before(
-    tmp_path, train
-) -> None:
+@pytest.mark.parametrize("train", [one, pytest.param(two, marks=pytest.mark.ranks)])
+def test_an_infinite_loss_stops_all_ranks_and_keeps_the_weights(tmp_path, train) -> None:
     error = RanksFailed if train is two else NonFiniteError
     with pytest.raises(
         error, match=r"step \d+ \(epoch \d\): .* is not finite, so the step was not taken"
@@ -281,6 +285,7 @@ def test_a_loss_that_explodes_stops_all_ranks_and_keeps_the_weights_from_before(
     )
 
 
+@pytest.mark.ranks
 def test_ranks_that_were_given_different_flags_are_told_so(tmp_path) -> None:
     with pytest.raises(
         RanksFailed, match="rank 1 differs from rank 0 in seed: 0 on rank 0, 1 on rank 1"
@@ -317,9 +322,7 @@ def test_a_run_that_was_stopped_within_a_validation_continues_with_it(tmp_path) 
     assert_equal_files(out / "last.pt", whole / "last.pt")
 
 
-def test_a_run_that_saves_every_step_and_keeps_epochs_ends_as_one_that_does_not(
-    finished, tmp_path
-) -> None:
+def test_saving_every_step_and_keeping_epochs_changes_no_result(finished, tmp_path) -> None:
     out = tmp_path / "run"
     one(out, save_every=1, keep_checkpoints=2, max_steps=5)
     one(out, save_every=1, keep_checkpoints=2, resume=str(out / "last.pt"))
@@ -329,9 +332,7 @@ def test_a_run_that_saves_every_step_and_keeps_epochs_ends_as_one_that_does_not(
     assert checkpoint.read(out / "epoch-0002.pt")["loop"]["step"] == 6
 
 
-def test_what_a_kill_between_two_files_left_out_is_made_up_for_at_resume(
-    finished, tmp_path
-) -> None:
+def test_a_resume_makes_the_files_that_a_kill_left_out(finished, tmp_path) -> None:
     out = tmp_path / "run"
     one(out, keep_checkpoints=2, epochs=1)
     for name in ("best.pt", "epoch-0001.pt"):
@@ -364,6 +365,7 @@ def train_in_a_folder_of_its_own(rank: int, folder: str, config: Config) -> dict
     return run(config)
 
 
+@pytest.mark.ranks
 def test_ranks_that_do_not_share_the_folder_test_the_best_weights(finished, tmp_path) -> None:
     config = SMALL.with_fields(out="run")
     results = run_ranks(train_in_a_folder_of_its_own, 2, str(tmp_path), config, timeout=120)
@@ -373,6 +375,7 @@ def test_ranks_that_do_not_share_the_folder_test_the_best_weights(finished, tmp_
     assert not (tmp_path / "node1" / "run").exists()
 
 
+@pytest.mark.ranks
 def test_each_rank_is_introduced_with_its_columns_and_its_batch(tmp_path, capfd) -> None:
     config = SMALL.with_fields(epochs=0)
     one(tmp_path / "one", config)
@@ -412,3 +415,30 @@ def test_config_json_names_version_and_digest_of_the_code(finished) -> None:
     environment = json.loads((finished / "config.json").read_text())["environment"]
     assert environment["alexnet_mp"] == alexnet_mp.__version__
     assert environment["code"] == code_version()
+
+
+def test_a_lost_screen_ends_no_run_and_lines_come_after_the_saving(tmp_path, monkeypatch) -> None:
+    saved = []
+
+    class LostScreen(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.lstrip().startswith("1 "):  # the line of the first epoch
+                saved.append(checkpoint.read(tmp_path / "run" / "last.pt")["loop"]["epoch"])
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", LostScreen())
+    result = one(tmp_path / "run", epochs=2)
+    assert result["epochs"] == 2 and (tmp_path / "run" / "result.json").exists()
+    assert saved == [1]
+
+
+def test_the_result_says_where_its_validation_images_came_from(finished) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["validation"] == "own split"
+    found = Scores(loss=1.0, top1=0.5, top5=1.0, images=40)
+    line = run_messages.scores(found, 3, 10, "test images")
+    assert line == (
+        "test: loss 1.0000, accuracy 50.00%, top-5 100.00% "
+        "(40 images, weights of epoch 3, which these images chose)"
+    )
+    assert "chose" not in run_messages.scores(found, 3, 10, "own split")
