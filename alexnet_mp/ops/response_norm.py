@@ -145,7 +145,7 @@ class _ResponseNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated again
-            return _norm_gradient(x, gradient, ctx.norm), None
+            return _differentiable_gradient(_norm(x, ctx.norm), x, gradient), None
         return _computed(_norm_gradient, ctx.norm, x, gradient), None
 
 
@@ -170,19 +170,21 @@ class _FusedKernel(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z, where = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated again
-            return _differentiable_gradient(z, gradient, *ctx.settings), None, None, None, None
+            y = _relu_norm_pool(z, *ctx.settings)
+            return _differentiable_gradient(y, z, gradient), None, None, None, None
         gradient = cpu_kernels.laid_out_like(gradient, z if where is None else where)
         return cpu_kernels.backward(z, gradient, where, *ctx.settings), None, None, None, None
 
 
-def _differentiable_gradient(
-    z: Tensor, gradient: Tensor, k: float, alpha: float, relu: bool, stride: int
-) -> Tensor:
-    """The gradient for z of what _FusedKernel computes, by torch's operations."""
+def _relu_norm_pool(z: Tensor, k: float, alpha: float, relu: bool, stride: int) -> Tensor:
+    """The same as _FusedKernel, by torch's operations."""
     norm = Norm(sum_over_neighbors, cpu_kernels.SIZE, k, alpha, cpu_kernels.BETA)
     y = _norm(F.relu(z) if relu else z, norm)
-    y = overlapping_max_pool(y, cpu_kernels.POOL, stride) if stride else y
-    return torch.autograd.grad(y, z, gradient, create_graph=True)[0]
+    return overlapping_max_pool(y, cpu_kernels.POOL, stride) if stride else y
+
+
+def _differentiable_gradient(y: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    return torch.autograd.grad(y, x, gradient, create_graph=True)[0]
 
 
 def _computed(function: Callable[..., Tensor], norm: Norm, *tensors: Tensor) -> Tensor:
