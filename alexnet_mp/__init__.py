@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         preset,
     )
     from alexnet_mp.data import Splits, build_loaders, load
+    from alexnet_mp.inference.load_network import load_network
     from alexnet_mp.model.alexnet import AlexNet, LocalLink
     from alexnet_mp.model.four_layer import build_network
     from alexnet_mp.model.numpy_init import describe_layers, initialize_biases, initialize_weights
@@ -47,6 +48,7 @@ _MODULES = {
         "preset",
     ),
     "data": ("Splits", "build_loaders", "load"),
+    "inference.load_network": ("load_network",),
     "model.alexnet": ("AlexNet", "LocalLink"),
     "model.four_layer": ("build_network",),
     "model.numpy_init": ("describe_layers", "initialize_biases", "initialize_weights"),
@@ -85,6 +87,7 @@ __all__ = [
     "initialize_biases",
     "initialize_weights",
     "load",
+    "load_network",
     "preset",
 ]
 

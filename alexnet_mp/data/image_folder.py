@@ -90,8 +90,11 @@ class Listing:
     def _end(self, number: int) -> int:
         return int(self.ends[number]) if number >= 0 else 0
 
-    def digest(self, numbers: range | None = None) -> str:
-        """A digest of the names, classes, sizes and times of change of all images, or of some."""
+    def digest(self, numbers: range | None = None, times: bool = True) -> str:
+        """A digest of names, classes, sizes and times of change, of all images or of some.
+
+        Without `times`, a copy of the folder has the same.
+        """
         rows = range(len(self)) if numbers is None else numbers
         start, stop = rows.start, rows.stop
         first, last = self._end(start - 1), self._end(stop - 1)
@@ -99,12 +102,9 @@ class Listing:
         changes = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist()] if len(labels) else []
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self.names[first:last])
-        for numbers_of in (
-            self.ends[start:stop] - first,
-            self.sizes[start:stop],
-            self.times[start:stop],
-        ):
-            digest.update(numbers_of.astype("<i8").tobytes())
+        numbers_of = [self.ends[start:stop] - first, self.sizes[start:stop]]
+        for values in [*numbers_of, self.times[start:stop]] if times else numbers_of:
+            digest.update(values.astype("<i8").tobytes())
         # Classes are named where they change: a class that is added before others renumbers
         # those, but does not change their images.
         digest.update(repr([(k, self.classes[labels[k]]) for k in changes]).encode())

@@ -133,7 +133,7 @@ def test_one_split_is_packed_and_is_the_same_as_in_training(
         data="folder", data_dir=str(make_folder(tmp_path / "set", ("train", "test")))
     )
     one = load_split(config, split, 3)
-    assert len(list(cache.glob("folder-*/*"))) == 1
+    assert len(list(cache.glob("folder-*/*/header.json"))) == 1
     assert levels(one) == levels(getattr(load(config, 3), split))
 
 

@@ -290,7 +290,7 @@ def test_batches_that_are_kept_keep_their_values_while_others_take_turns_in_the_
 
 def test_a_jpeg_store_gives_the_batches_of_its_decoded_images(tmp_path: Path) -> None:
     from alexnet_mp.data import dataset_packer
-    from alexnet_mp.data.shard_writer import Packing
+    from alexnet_mp.data.decode_pool import Packing
 
     dataset_packer.pack(
         list_source(make_folder(tmp_path / "set")),

@@ -18,9 +18,17 @@ from image_sets import levels, make_folder, pack_slowly, write_image
 from PIL import Image
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Store, dataset_packer, decode, load, shard_writer, store_format
+from alexnet_mp.data import (
+    Store,
+    dataset_packer,
+    decode,
+    decode_pool,
+    load,
+    store_format,
+    store_writer,
+)
+from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.folder_layout import list_source
-from alexnet_mp.data.shard_writer import Packing
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("ALEXNET_MP_KILLS", "5"))
@@ -58,7 +66,7 @@ def contents(store: Path) -> dict[str, bytes]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_format, "SHARD", 16)
-    monkeypatch.setattr(shard_writer, "CHUNK", 4)
+    monkeypatch.setattr(decode_pool, "CHUNK", 4)
 
 
 @pytest.mark.parametrize("encode", ["raw", "jpeg"])
@@ -180,7 +188,7 @@ def stopped(
     monkeypatch: pytest.MonkeyPatch, source: Path, store: Path, after: int = 70, **options: object
 ) -> None:
     """Packs until file number `after` and leaves what a kill would."""
-    read, count = shard_writer.try_read, []
+    read, count = decode_pool.try_read, []
 
     def interrupt(file: Path) -> object:
         count.append(file)
@@ -189,7 +197,7 @@ def stopped(
         return read(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "try_read", interrupt)
+        patch.setattr(decode_pool, "try_read", interrupt)
         with pytest.raises(KeyboardInterrupt):
             pack(source, store, **options)
 
@@ -206,10 +214,8 @@ def test_finished_shards_are_not_decoded_again_unless_they_are_damaged(
     shards = sorted((tmp_path / "store" / "test").glob("images-*.npy"))
     assert shards and not (tmp_path / "store" / "test" / "header.json").exists()
     decoded: list[Path] = []
-    read = shard_writer.try_read
-    monkeypatch.setattr(
-        shard_writer, "try_read", lambda file: (decoded.append(file), read(file))[1]
-    )
+    read = decode_pool.try_read
+    monkeypatch.setattr(decode_pool, "try_read", lambda file: (decoded.append(file), read(file))[1])
     pack(source, tmp_path / "store")
     assert len(decoded) == 60 - 16 * len(shards) and contents(tmp_path / "store") == contents(
         tmp_path / "whole"
@@ -281,17 +287,17 @@ def test_a_folder_with_something_else_in_it_is_not_packed_into(tmp_path: Path) -
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_folder(tmp_path / "set")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**4))
     with pytest.raises(
         ValueError,
-        match=r"needs 0\.01 GB, 0\.00 are free there; name a folder on a larger disk, or take --encode jpeg",
+        match=r"STORE .*: needs about 48 kB, 10 kB are free there; name a folder on a larger disk, or take --encode jpeg",
     ):
         pack(source, tmp_path / "store")
-    assert "packing 40 images into" in capsys.readouterr().out and not (tmp_path / "store").exists()
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
@@ -299,7 +305,7 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
 ) -> None:
     source = noisy_folder(tmp_path / "set")
     pack(source, tmp_path / "whole")
-    write, count = store_format.write_shard, []
+    write, count = store_writer.write_shard, []
 
     def fill(path: Path, *args: object) -> object:
         count.append(path)
@@ -308,7 +314,7 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
         return write(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_format, "write_shard", fill)
+        patch.setattr(store_writer, "write_shard", fill)
         with pytest.raises(
             ValueError, match=r"no room left .*repeat the command, finished shards are kept"
         ) as caught:

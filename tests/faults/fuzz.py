@@ -40,8 +40,9 @@ from torch import nn
 from alexnet_mp import AlexNet, Trainer, preset
 from alexnet_mp.cli.parser import stored_config
 from alexnet_mp.data import Store, try_read
+from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.image_folder import list_split
-from alexnet_mp.data.shard_writer import Packing, pack_split
+from alexnet_mp.data.split_packer import pack_split
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training import checkpoint

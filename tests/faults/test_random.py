@@ -25,7 +25,7 @@ from alexnet_mp import Config, preset
 from alexnet_mp.config import DataConfig, ModelConfig, RecipeConfig, RunConfig
 from alexnet_mp.data import Store
 from alexnet_mp.data.decode import read_image
-from alexnet_mp.data.store_format import Writer
+from alexnet_mp.data.store_writer import StoreWriter
 from alexnet_mp.parallel.exchange import GroupLink
 from alexnet_mp.training import checkpoint
 
@@ -152,7 +152,7 @@ def test_a_changed_header_is_refused_in_one_line_or_the_store_opens(
 ) -> None:
     store = tmp_path / "store"
     if not store.exists():
-        with Writer(store, ["a", "b"]) as writer:
+        with StoreWriter(store, ["a", "b"]) as writer:
             for label in (0, 1):
                 writer.add(np.full((3, 4, 4), label, np.uint8), label)
         (tmp_path / "whole.json").write_bytes((store / "header.json").read_bytes())

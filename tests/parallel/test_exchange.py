@@ -280,18 +280,22 @@ class Calls(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def calls_of_a_step(rank: int) -> list[str]:
+def calls_of_a_step(rank: int, images: int) -> list[str]:
     with process_group():
         model, calls = AlexNet(small(), (rank,), GroupLink(dist.group.WORLD)), []
         with Calls(calls):
             dist.barrier()  # shows that a stray call would be seen
-            one_step(model, 2)
+            one_step(model, images)
         return calls
 
 
 def test_a_training_step_sends_at_the_crossings_and_nowhere_else() -> None:
-    for calls in run(calls_of_a_step, 2):  # four crossings forward, three of them backward
+    for calls in run(calls_of_a_step, 2, 2):  # four crossings forward, three of them backward
         assert calls == ["barrier"] + ["send", "recv_"] * 7
+
+
+def test_without_images_no_message_is_sent() -> None:
+    assert run(calls_of_a_step, 2, 0) == [["barrier"]] * 2
 
 
 def training_and_evaluation(rank: int) -> tuple[dict, int]:
