@@ -1,4 +1,4 @@
-"""What every source of images offers: which splits it has, and a store of each that is asked for."""
+"""The interface of a source of images: the splits that it has, each opened when asked for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """Folders of images: what counts as one, what is refused, and how a file becomes a stored image."""
 
+import os
 import tarfile
+import tracemalloc
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import decode, decode_pool, folder_cache, load, store_format
+from alexnet_mp.data.image_folder import list_split
 
 CIFAR_JPEG = Path(__file__).resolve().parents[3] / "shared/data/cifar10-jpeg.tar.gz"
 IMAGENET = Path(__file__).resolve().parents[3] / "shared/data/imagenet-samples.tar"
@@ -197,6 +201,47 @@ def test_a_stored_set_is_read_from_its_folder(tmp_path: Path) -> None:
     splits = load(DataConfig(data="store", data_dir=str(tmp_path / "set")), 0)
     assert [len(store) for store in (splits.train, splits.val, splits.test)] == [36, 4, 40]
     assert torch.equal(splits.test.gather([5]), random_store(seed=1).gather([5]))
+
+
+def test_a_listing_takes_bytes_and_not_objects_for_each_image(tmp_path: Path) -> None:
+    original = write_image(tmp_path / "a.png")
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for k in range(2000):
+            os.link(original, tmp_path / "set" / name / f"n01440764_{k:05}.JPEG")
+    tracemalloc.start()
+    listing = list_split(tmp_path / "set")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(listing) == 4000 and listing.name(3999) == "dog/n01440764_01999.JPEG"
+    assert kept / 4000 < 100 and peak < 4e6  # 1.3 million images: 130 MB
+
+
+def test_a_listings_digest_tells_names_sizes_times_and_classes_apart(tmp_path: Path) -> None:
+    def digests(change: Callable[[Path], object]) -> tuple[str, str, str]:
+        root = make_folder(tmp_path / str(len(list(tmp_path.iterdir()))), ("",))
+        for file in root.rglob("*.png"):
+            os.utime(file, ns=(10**18, 10**18))
+        change(root)
+        listing = list_split(root)
+        return listing.digest(), listing.digest(range(10)), listing.digest(range(10, 20))
+
+    def write(root: Path) -> None:
+        (root / "dog" / "9.png").write_bytes(b"other")
+        os.utime(root / "dog" / "9.png", ns=(10**18, 10**18))
+
+    same = digests(lambda root: None)
+    assert digests(lambda root: None) == same and same[1] != same[2]
+    for change in (
+        write,
+        lambda root: os.utime(root / "dog" / "9.png", ns=(10**18, 10**18 + 1)),
+        lambda root: (root / "dog" / "9.png").rename(root / "dog" / "91.png"),
+        lambda root: (root / "dog").rename(root / "eel"),
+    ):
+        whole, first, second = digests(change)
+        assert whole != same[0] and first == same[1] and second != same[2]
+    added = digests(lambda root: write_image(root / "ant" / "0.png"))
+    assert added[0] != same[0]
 
 
 def pixel(path: Path) -> list[int]:
