@@ -210,6 +210,12 @@ def _check_bare(root: Path, flag: str) -> None:
     names = visible_folders(root)
     if not names and not image_folder.image_names(root):
         raise FileNotFoundError(f"{flag} {root}: no folder train in it; expected {EXPECTED}")
+    for name in names:
+        if any((root / name).glob("*/history.jsonl")):
+            raise ValueError(
+                f"{flag} {root}: {name} holds training runs, whose pictures would pass for a class; "
+                "move it, and name another folder with --out"
+            )
     named = [
         name
         for name in names
