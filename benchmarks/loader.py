@@ -44,8 +44,10 @@ from alexnet_mp.cli.flags import parse_request  # noqa: E402
 from alexnet_mp.cli.process import printing_json, run_main  # noqa: E402
 from alexnet_mp.config import DataConfig  # noqa: E402
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer  # noqa: E402
-from alexnet_mp.data.image_folder import EXTENSIONS, list_split  # noqa: E402
-from alexnet_mp.data.shard_writer import Packing, pack_split  # noqa: E402
+from alexnet_mp.data.decode_pool import Packing  # noqa: E402
+from alexnet_mp.data.directory import EXTENSIONS  # noqa: E402
+from alexnet_mp.data.image_folder import list_split  # noqa: E402
+from alexnet_mp.data.split_packer import pack_split  # noqa: E402
 from alexnet_mp.data.transforms import color_axes  # noqa: E402
 from alexnet_mp.ops.cpu_cores import available_cores  # noqa: E402
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Splits, Store, dataset_packer, load, shard_writer, store_format
+from alexnet_mp.data import Splits, Store, dataset_packer, decode_pool, load, store_format
 from alexnet_mp.data.folder_layout import list_source
 
 
@@ -69,9 +69,9 @@ def levels(store: Store) -> list[int]:
 
 
 def pack_slowly(source: str, store: str, ready: object) -> None:
-    """Packs in small shards, slowly enough to be killed at any point of it; `ready` is a pipe's end."""
-    read = shard_writer.try_read
-    store_format.SHARD, shard_writer.CHUNK, shard_writer.try_read = (
+    """Packs in small shards, slowly enough to be killed at any point. `ready` is a pipe's end."""
+    read = decode_pool.try_read
+    store_format.SHARD, decode_pool.CHUNK, decode_pool.try_read = (
         8,
         2,
         lambda file: (time.sleep(0.002), read(file))[1],
@@ -79,5 +79,5 @@ def pack_slowly(source: str, store: str, ready: object) -> None:
     listings = list_source(Path(source))
     ready.send(True)
     dataset_packer.pack(
-        listings, Path(store), shard_writer.Packing(workers=2), say=lambda text: None
+        listings, Path(store), decode_pool.Packing(workers=2), say=lambda text: None
     )

@@ -10,7 +10,7 @@ from alexnet_mp.cli.parser import parse_pack
 from alexnet_mp.cli.process import printing_json, refuse_several_ranks
 from alexnet_mp.config.command import typed_command
 from alexnet_mp.data import dataset_packer, folder_layout
-from alexnet_mp.data.shard_writer import Packing
+from alexnet_mp.data.decode_pool import Packing
 
 
 def pack(argv: Sequence[str]) -> int:

@@ -38,7 +38,7 @@ from alexnet_mp.training.checkpoint import read_to_resume
 
 LAST = "last"
 """The value of `--resume` without a file."""
-FREE_ON_RESUME = {"epochs", "max_steps", "patience", "delta", "data_dir"}
+FREE_ON_RESUME = {"epochs", "max_steps", "patience", "delta", "data_dir", "cache_dir"}
 """Fields that may change when a run is resumed, besides those of the machine and the placement."""
 MACHINE_DEFAULTS = {
     "device": "auto",

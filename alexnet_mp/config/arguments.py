@@ -86,6 +86,9 @@ class EvaluateRequest:
     """The set, of the same classes; None: the one that the first checkpoint was trained on."""
     data_dir: str | None = None
     """Where the set is; None: where it was in training."""
+    cache_dir: str | None = None
+    """Where generated and packed images are kept; None: alexnet_mp in $XDG_CACHE_HOME or in
+    ~/.cache."""
     limit_test: int = 0
     """Only N images of the test split, the same that training takes with this flag; 0: all, also if
     training took fewer."""
@@ -120,9 +123,9 @@ class EvaluateRequest:
             for name in ("data", "data_dir")
             if (value := getattr(self, name)) is not None
         }
-        return given | {
-            name: getattr(self, name) for name in ("limit_train", "limit_val", "limit_test")
-        }
+        # The cache of the machine that trained may not be there.
+        own = ("limit_train", "limit_val", "limit_test", "cache_dir")
+        return given | {name: getattr(self, name) for name in own}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ class DataConfig:
     DIR/train/CLASS/* and val or test or both), store (packed)."""
     data_dir: str = "data"
     """Where the set is, or is to be put."""
+    cache_dir: str | None = None
+    """Where generated and packed images are kept; None: alexnet_mp in $XDG_CACHE_HOME or in
+    ~/.cache."""
     on_error: Literal["stop", "skip"] = "stop"
     """folder: at files that cannot be read, stop and name them, or leave them out and list them."""
     shuffle: Literal["full", "blocks"] = "full"

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 from tqdm import tqdm
 
@@ -132,15 +132,39 @@ class Progress(Generic[T]):
             self.enabled, self._bar = False, None
 
 
+@overload
 def progress(
-    iterable: Iterable[T] | None = None,
+    iterable: Iterable[T],
     *,
     total: int | None = None,
     description: str,
     unit: str,
     enabled: bool = True,
     initial: int = 0,
-) -> Progress[T]:
+) -> Progress[T]: ...
+
+
+@overload
+def progress(
+    iterable: None = None,
+    *,
+    total: int | None = None,
+    description: str,
+    unit: str,
+    enabled: bool = True,
+    initial: int = 0,
+) -> Progress[None]: ...
+
+
+def progress(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: int | None = None,
+    description: str,
+    unit: str,
+    enabled: bool = True,
+    initial: int = 0,
+) -> Progress[Any]:
     """Shows the progress over `iterable`, or of work that is counted by `update(n)`.
 
     On a terminal it is tqdm's bar, which vanishes at the end; elsewhere a plain line every

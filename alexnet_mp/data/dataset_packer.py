@@ -1,32 +1,31 @@
-"""A whole image set: which splits a source has, and packing them into one folder that --data store trains from."""
+"""Packs all splits of an image set into one folder, which --data store trains from."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from alexnet_mp.config.files import remove_leftovers, sync_folder, write_atomically
 from alexnet_mp.config.folder_lock import LOCK_NAME, FolderLock
+from alexnet_mp.config.progress import progress
 from alexnet_mp.data import store_format
 from alexnet_mp.data.decode import SIDE
+from alexnet_mp.data.decode_pool import Packing, decoded, quiet_decoding
 from alexnet_mp.data.folder_layout import SPLITS, Split
 from alexnet_mp.data.image_folder import Listing
-from alexnet_mp.data.shard_writer import Packing, decoded, pack_split, packed_files, quiet
+from alexnet_mp.data.pack_size import estimated_bytes, free_bytes, packed_bytes, size_text
+from alexnet_mp.data.split_packer import pack_split, packed_files
 from alexnet_mp.ops.cpu_cores import available_cores
 
 UNFINISHED = "unfinished.json"
-"""In a store's folder while it is being packed, and after that was interrupted."""
-JPEG_BYTES = 45_000
-"""Of a 256-pixel JPEG, rather too many: what room is asked for before it is known."""
+"""The file in a store's folder that says how its packing was begun, until it is finished."""
+
 Say = Callable[[str], None]
 
 
@@ -36,12 +35,12 @@ def pack(
     packing: Packing,
     command: str = "",
     say: Say = print,
-    wait: bool = False,
 ) -> dict[str, Any]:
-    """Packs every split into STORE/SPLIT and returns a report of what is there. `command`: what would finish it after a kill.
+    """Packs every split into STORE/SPLIT and returns a report of what is there.
 
-    A store that was begun is finished; one that is complete and of the same files is left alone. ValueError where STORE holds
-    something else, where it would not fit onto the disk, or where another process is packing into it, unless it shall `wait`.
+    A store that was begun is finished; one that is complete and of the same files is left alone. `command`: the one that
+    finishes it after a kill. ValueError where STORE holds something else, where it would not fit onto the disk, and where
+    another process is packing into it.
     """
     started, count = time.perf_counter(), sum(len(listing) for listing in listings.values())
     plan = {
@@ -50,9 +49,19 @@ def pack(
         "splits": list(listings),
     }
     _check_begun(store, plan, listings)
-    _check_room(store, count, packing, say)
+    smaller = ", or take --encode jpeg" if packing.encode == "raw" else ""
+    size = check_room(
+        listings.values(),
+        packing,
+        store,
+        f"STORE {store}",
+        f"name a folder on a larger disk{smaller}",
+    )
+    say(
+        f"packing {count:,} images into {store}: {size}; {packing.workers or available_cores()} threads"
+    )
     store.mkdir(parents=True, exist_ok=True)
-    with _lock(store, wait):
+    with _locked(store):
         remove_leftovers(store)
         write_atomically(store / UNFINISHED, json.dumps(plan | {"command": command}) + "\n")
         headers = {
@@ -62,37 +71,56 @@ def pack(
         (store / UNFINISHED).unlink()
         sync_folder(store)
     seconds = time.perf_counter() - started
-    splits = {name: _summary(listings[name], header) for name, header in headers.items()}
     return {
         "store": str(store),
         "encode": packing.encode,
-        "splits": splits,
+        "splits": {name: _summary(listings[name], header) for name, header in headers.items()},
         "seconds": round(seconds, 3),
         "images_per_second": count / seconds,
     }
 
 
+def check_room(
+    listings: Iterable[Listing], packing: Packing, folder: Path, place: str, remedy: str
+) -> str:
+    """How much will be written into `folder` and how much is free there, in words.
+
+    ValueError where it would not fit. `place` begins its message, and `remedy` says how to get more room.
+    """
+    need, have = estimated_bytes(listings, packing.encode), packed_bytes(folder)
+    free = free_bytes(folder)
+    if need - have > free:
+        raise ValueError(
+            f"{place}: needs about {size_text(need - have)}, {size_text(free)} are free there; "
+            f"{remedy}"
+        )
+    there = f"of which {size_text(have)} are there, " if have else ""
+    return f"about {size_text(need)}, {there}{size_text(free)} free"
+
+
 def check(listings: Mapping[Split, Listing], packing: Packing) -> dict[str, Any]:
-    """Opens and decodes every file, writes nothing, and returns a report like that of `pack`, with what cannot be read under "skipped"."""
+    """Opens and decodes every file, writes nothing, and returns a report like that of `pack`.
+
+    The files that cannot be read are in it under "skipped".
+    """
     splits = {}
     for name, listing in listings.items():
-        bar = tqdm(
+        numbers = dict(enumerate(store_format.blocks(len(listing))))
+        skipped: list[tuple[str, str]] = []
+        small = 0
+        bar = progress(
             total=len(listing),
-            desc=f"checking {name}",
-            unit=" images",
-            leave=False,
-            disable=None if packing.progress else True,
+            description=f"checking {name}",
+            unit="images",
+            enabled=packing.progress,
         )
-        numbers = {k: rows for k, rows in enumerate(store_format.blocks(len(listing)))}
-        skipped, small = [], 0
-        with bar, quiet():
+        with bar, quiet_decoding():
             for number, images, _ in decoded(listing, numbers, packing, False, bar):
-                small += sum(not isinstance(image, str) and image.side < SIDE for image in images)
-                skipped += [
-                    (listing.name(row), image)
-                    for row, image in zip(numbers[number], images, strict=True)
-                    if isinstance(image, str)
-                ]
+                for row, image in zip(numbers[number], images, strict=True):
+                    if isinstance(image, str):
+                        skipped.append((listing.name(row), image))
+                    else:
+                        small += image.side < SIDE
         splits[name] = _summary(listing, {"skipped": skipped}) | {
             "images": len(listing) - len(skipped),
             "smaller_than_256": small,
@@ -101,12 +129,10 @@ def check(listings: Mapping[Split, Listing], packing: Packing) -> dict[str, Any]
 
 
 def unfinished(store: Path) -> str | None:
-    """How to finish the store in this folder, if its packing was interrupted."""
+    """The command that finishes the store in this folder; None unless its packing was interrupted."""
     try:
-        return (
-            json.loads((store / UNFINISHED).read_text(encoding="utf-8"))["command"]
-            or "launch/pack.py"
-        )
+        begun = json.loads((store / UNFINISHED).read_text(encoding="utf-8"))
+        return begun["command"] or "launch/pack.py"
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -114,18 +140,15 @@ def unfinished(store: Path) -> str | None:
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
-    """The report for people."""
+    """The report of `pack` or `check` for people."""
     lines = []
     for name, split in report["splits"].items():
-        size = f", {split['bytes'] / 1e9:.2f} GB" if "bytes" in split else ""
-        small = (
-            f", {split['smaller_than_256']:,} smaller than {SIDE} pixels"
-            if split.get("smaller_than_256")
-            else ""
-        )
-        lines.append(
-            f"{name}: {split['images']:,} images of {split['classes']:,} classes{size}{small}"
-        )
+        line = f"{name}: {split['images']:,} images of {split['classes']:,} classes"
+        if "bytes" in split:
+            line += f", {size_text(split['bytes'])}"
+        if split.get("smaller_than_256"):
+            line += f", {split['smaller_than_256']:,} smaller than {SIDE} pixels"
+        lines.append(line)
         if split["ignored"]:
             lines.append(f"  ignored {split['ignored']}")
         if split["skipped"]:
@@ -135,25 +158,20 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _summary(listing: Listing, header: Mapping[str, Any]) -> dict[str, Any]:
+    shards = header.get("shards", [])
     summary = {
-        "images": sum(sum(shard["counts"]) for shard in header.get("shards", [])),
+        "images": sum(sum(shard["counts"]) for shard in shards),
         "classes": len(listing.classes),
         "ignored": str(listing.ignored),
         "skipped": [list(pair) for pair in header["skipped"]],
     }
     if "shards" in header:
-        summary |= {
-            "bytes": sum(shard["bytes"] for shard in header["shards"]),
-            "sides": dict(sorted(_sides(header).items())),
-        }
+        sides: Counter[int] = Counter()
+        for shard in shards:
+            sides.update(dict(zip(shard["sides"], shard["counts"], strict=True)))
+        summary["bytes"] = sum(shard["bytes"] for shard in shards)
+        summary["sides"] = dict(sorted(sides.items()))
     return summary
-
-
-def _sides(header: Mapping[str, Any]) -> Counter[int]:
-    sides: Counter[int] = Counter()
-    for shard in header["shards"]:
-        sides.update(dict(zip(shard["sides"], shard["counts"], strict=True)))
-    return sides
 
 
 def _check_begun(store: Path, plan: Mapping[str, Any], listings: Mapping[Split, Listing]) -> None:
@@ -163,29 +181,29 @@ def _check_begun(store: Path, plan: Mapping[str, Any], listings: Mapping[Split, 
     if not store.is_dir():
         raise ValueError(f"STORE {store}: a file; name a folder")
     names = {entry.name for entry in os.scandir(store)}
-    begun: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        begun = json.loads((store / UNFINISHED).read_text(encoding="utf-8"))
-    if strange := sorted(
+    strange = sorted(
         name
         for name in names - {UNFINISHED, LOCK_NAME, *SPLITS}
         if not (name.startswith(".") and name.endswith(".tmp"))
-    ):
+    )
+    if strange:
         raise ValueError(
             f"STORE {store}: holds something else already ({strange[0]}); name a new folder"
         )
+    begun: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        begun = json.loads((store / UNFINISHED).read_text(encoding="utf-8"))
     if not begun and (packed := names & set(SPLITS)):
         same = packed == set(listings) and all(
             packed_files(store / name) == listing.digest() for name, listing in listings.items()
         )
         if not same:
             raise ValueError(
-                f"STORE {store}: is complete, and packed from other files than those of {plan['source']}; "
-                "delete it, or name another folder"
+                f"STORE {store}: is complete, and packed from other files than those of "
+                f"{plan['source']}; delete it, or name another folder"
             )
-        begun = {
-            "encode": store_format.read_header(store / next(iter(listings))).get("encode", "raw")
-        }
+        header = store_format.read_header(store / next(iter(listings)))
+        begun = {"encode": header.get("encode", "raw")}
     for key, value in plan.items():
         if key in begun and begun[key] != value:
             old, new = (
@@ -193,39 +211,17 @@ def _check_begun(store: Path, plan: Mapping[str, Any], listings: Mapping[Split, 
                 for words in (begun[key], value)
             )
             raise ValueError(
-                f"STORE {store}: was begun with {key} {old}, not {new}; repeat that command, or delete the folder"
+                f"STORE {store}: was begun with {key} {old}, not {new}; repeat that command, "
+                "or delete the folder"
             )
 
 
-def _check_room(store: Path, count: int, packing: Packing, say: Say) -> None:
-    """Says how much will be written, and raises ValueError where that much is not free."""
-    each = 3 * SIDE * SIDE if packing.encode == "raw" else JPEG_BYTES
-    need, have = (
-        count * each,
-        sum(path.stat().st_size for path in store.rglob("images-*.npy")) if store.is_dir() else 0,
-    )
-    place = next(
-        parent for parent in (store.absolute(), *store.absolute().parents) if parent.is_dir()
-    )
-    free = shutil.disk_usage(place).free
-    say(
-        f"packing {count:,} images into {store}: {'at most' if packing.encode == 'raw' else 'about'} {need / 1e9:,.2f} GB, "
-        + (f"of which {have / 1e9:,.2f} are there, " if have else "")
-        + f"{free / 1e9:,.2f} free; {packing.workers or available_cores()} threads"
-    )
-    if need - have > free:
-        raise ValueError(
-            f"STORE {store}: needs {(need - have) / 1e9:,.2f} GB, {free / 1e9:,.2f} are free there; "
-            f"name a folder on a larger disk{', or take --encode jpeg' if packing.encode == 'raw' else ''}"
-        )
-
-
 @contextlib.contextmanager
-def _lock(store: Path, wait: bool) -> Iterator[None]:
-    """Keeps a second process from packing into the same folder; ValueError in that one, unless it waits."""
+def _locked(store: Path) -> Iterator[None]:
+    """Keeps a second process from packing into the same folder; ValueError in that one."""
     lock = FolderLock(store, "another process is packing into it")
     try:
-        lock.take(wait)
+        lock.take()
     except OSError as error:
         raise ValueError(f"STORE {store}: {error}") from None
     try:

@@ -31,13 +31,13 @@ SOURCES: Mapping[str, Callable[[Request], Source]] = {
     "store": PackedStore,
 }
 TEST_SEED = 0
-"""Held-out test images are the same for every --seed: members of an ensemble never train on them."""
+"""Held-out test images are the same for every --seed: no member of an ensemble trains on them."""
 SHARES = {0.5: "half", 0.25: "a quarter", 0.2: "a fifth", 0.1: "a tenth"}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test images; none in common, unless validation is the test images."""
+    """Training, validation and test images; none in common, but val may be the test images."""
 
     train: Store
     val: Store
@@ -69,6 +69,9 @@ def load(
     no pixel that the network sees. None: full size.
 
     Raises ValueError or FileNotFoundError with one line that names the flag or file.
+
+    >>> splits = load(DataConfig(data="folder", data_dir="~/pets"), seed=0, progress=True)
+    >>> splits.train.classes, len(splits.train), len(splits.val), len(splits.test)
     """
     request = Request(config, seed, run_once_per_host, progress, side)
     source = SOURCES[config.data](request)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_mp.data import dataset_packer, folder_layout
-from alexnet_mp.data.cache import cache_folder, cached
+from alexnet_mp.data.decode_pool import Packing
+from alexnet_mp.data.folder_cache import packed_folder
 from alexnet_mp.data.folder_layout import SPLITS, Split
 from alexnet_mp.data.image_folder import Listing
-from alexnet_mp.data.shard_writer import Packing
 from alexnet_mp.data.source import Request
 from alexnet_mp.data.store import Store
-from alexnet_mp.data.store_format import VERSION, read_header
+from alexnet_mp.data.store_format import read_header
 
 CACHE = ".alexnet_mp"
 """Packs are kept here, in the image folder, where the user's cache cannot be written.
@@ -46,39 +45,20 @@ class ImageFolder:
         """Lists all of `splits` before the first is packed, which may take hours."""
         listings = {split: self.layout.list(split) for split in splits}
         folder_layout.report(listings, self.request.print_rank0)
-        return {split: Store.open(self._packed(split, listings[split])) for split in splits}
+        return {split: self._open(split, listings[split]) for split in splits}
 
-    def _packed(self, split: Split, listing: Listing) -> Path:
-        """The store of one split in the cache, packed by one rank of the host if it is not there."""
-        request, folder = self.request, listing.folder.resolve()
-        where = _digest(str(folder).encode(errors="surrogateescape"))
-        key = (VERSION, request.config.on_error, listing.classes, listing.digest())
-
-        def build(path: Path) -> None:
-            for old in sorted((cache_folder() or path.parent).glob(f"folder-{where}-*")):
-                request.print_rank0(
-                    f"{folder} has changed since it was packed into {old}, which can be deleted"
-                )
-            packing = Packing(on_error=request.config.on_error, progress=request.progress)
-            dataset_packer.pack({split: listing}, path, packing, say=lambda text: None, wait=True)
-
-        path = cached(
-            f"folder-{where}-{_digest(repr(key).encode())}",
-            build,
-            f"packing {len(listing):,} images of {folder}",
-            len(listing),
-            request.directory / CACHE,
-            request.run_once_per_host,
-            request.print_rank0,
-            unfinished=f".folder-{where}-{split}.unfinished",
-        )
-        if skipped := read_header(path / split)["skipped"]:
+    def _open(self, split: Split, listing: Listing) -> Store:
+        """The store of one split, packed into the cache if it is in none."""
+        request = self.request
+        packing = Packing(on_error=request.config.on_error, progress=request.progress)
+        path = packed_folder(listing, split, packing, request.cache(request.directory / CACHE))
+        if skipped := read_header(path)["skipped"]:
             request.print_rank0(
-                f"{folder}: left out {len(skipped):,} files that cannot be read: "
+                f"{listing.folder}: left out {len(skipped):,} files that cannot be read: "
                 + "; ".join(f"{file}: {reason}" for file, reason in skipped[:SHOWN])
                 + ("; ..." if len(skipped) > SHOWN else "")
             )
-        return path / split
+        return Store.open(path)
 
 
 class PackedStore:
@@ -106,7 +86,3 @@ class PackedStore:
 
 def _is_store(directory: Path) -> bool:
     return any((directory / split / "header.json").is_file() for split in SPLITS)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=6).hexdigest()

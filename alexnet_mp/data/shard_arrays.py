@@ -1,4 +1,4 @@
-"""What a store's images lie on: arrays (count, 3, side, side), in memory, memory-mapped, or behind a JPEG decoder."""
+"""Array backends of a store: in memory, memory-mapped, or behind a JPEG decoder."""
 
 from __future__ import annotations
 
@@ -34,49 +34,46 @@ class JpegShelf:
         )
 
 
-def stored_bytes(shelf: np.ndarray | JpegShelf, first: int, last: int) -> np.ndarray:
+Shelf = np.ndarray | JpegShelf
+"""All images of one side in one shard: uint8 (count, 3, side, side), or JPEGs that read as such."""
+
+
+def stored_bytes(shelf: Shelf, first: int, last: int) -> np.ndarray:
     """The memory in which images `first` to `last` - 1 of a shelf lie, as they are stored."""
     if isinstance(shelf, JpegShelf):
         return shelf.data[shelf.ends[first] : shelf.ends[last]]
     return shelf[first:last]
 
 
-def open_shelves(path: Path, header: dict[str, Any], verify: bool) -> list[Any]:
-    """The shelves of the store in `path`, memory-mapped. ValueError naming the file that is missing or damaged."""
-    encoded, shelves, first = header.get("encode", "raw") == "jpeg", [], 0
-    total = sum(sum(shard["counts"]) for shard in header["shards"])
-    ends = (
-        np.array(
-            open_array(path, "ends.npy", np.int64, (total,), header["checksums"].get("ends.npy"))
-        )
-        if encoded
-        else None
-    )
+def open_shelves(path: Path, header: dict[str, Any], verify: bool) -> list[Shelf]:
+    """The shelves of the store in `path`, memory-mapped; `verify` reads all their bytes.
+
+    ValueError naming the file that is missing or damaged.
+    """
+    ends = None
+    if header.get("encode", "raw") == "jpeg":
+        total = sum(sum(shard["counts"]) for shard in header["shards"])
+        checksum = header["checksums"].get("ends.npy")
+        ends = np.array(open_array(path, "ends.npy", np.int64, (total,), checksum))
+    shelves: list[Shelf] = []
+    images = 0
     for number, shard in enumerate(header["shards"]):
         name = shard_name(number)
-        data = open_array(
-            path, name, np.uint8, (shard["bytes"],), shard["checksum"] if verify else None
-        )
+        checksum = shard["checksum"] if verify else None
+        data = open_array(path, name, np.uint8, (shard["bytes"],), checksum)
         start = 0
         for side, count in zip(shard["sides"], shard["counts"], strict=True):
-            if encoded:
-                shelves.append(
-                    JpegShelf(
-                        data,
-                        np.concatenate([[start], ends[first : first + count]]),
-                        side,
-                        path / name,
-                    )
-                )
-                start = int(ends[first + count - 1])
-            elif start + count * 3 * side * side <= len(data):
-                shelves.append(
-                    data[start : start + count * 3 * side * side].reshape(count, 3, side, side)
-                )
-                start += count * 3 * side * side
-            first += count
+            if ends is not None:
+                own = np.concatenate([[start], ends[images : images + count]])
+                shelves.append(JpegShelf(data, own, side, path / name))
+                start = int(own[-1])
+            elif (stop := start + count * 3 * side * side) <= len(data):
+                shelves.append(data[start:stop].reshape(count, 3, side, side))
+                start = stop
+            images += count
         if start != len(data):
             raise ValueError(
-                f"{path / name}: damaged, it is not what the store's header says; delete the store's folder and make it again"
+                f"{path / name}: damaged, it is not what the store's header says; "
+                "delete the store's folder and make it again"
             )
     return shelves

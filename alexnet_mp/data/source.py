@@ -1,4 +1,4 @@
-"""What every source of images offers: which splits it has, and a store of each that is asked for."""
+"""The interface of a source of images: the splits that it has, each opened when asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.config.seeds import combine
-from alexnet_mp.data.cache import RunOncePerHost
+from alexnet_mp.data.cache import Cache, RunOncePerHost, cache_folder
 from alexnet_mp.data.folder_layout import Split
 from alexnet_mp.data.store import Store
 
@@ -34,6 +34,13 @@ class Request:
             return Path(self.config.data_dir).expanduser()
         except RuntimeError as error:
             raise ValueError(f"--data-dir {self.config.data_dir}: {error}") from None
+
+    def cache(self, fallback: Path) -> Cache:
+        """The cache of drawn and packed images: --cache-dir, else the user's, else `fallback`."""
+        chosen = self.config.cache_dir
+        places = [cache_folder(chosen), None if chosen else fallback]
+        folders = [place for place in places if place is not None]
+        return Cache(folders, self.run_once_per_host, self.print_rank0)
 
     def chosen(self, split: Split, count: int) -> np.ndarray:
         """The numbers of the images that --limit-SPLIT leaves of `count`, or all.

@@ -26,11 +26,11 @@ from alexnet_mp.data.mapping import release
 from alexnet_mp.data.shard_arrays import open_shelves, stored_bytes
 from alexnet_mp.data.statistics import Statistics, Sums, sums_of
 from alexnet_mp.data.store_format import (
-    Writer,
     blocks,
     open_array,
     read_header,
 )
+from alexnet_mp.data.store_writer import StoreWriter
 
 FITS = 2 * 10**9
 """Bytes of a resized copy that may be kept in memory."""
@@ -215,7 +215,7 @@ class Store:
 
     def save(self, path: str | Path) -> None:
         """Writes the store as a new folder `path`. FileExistsError if there is one."""
-        with Writer(path, self.classes) as writer:
+        with StoreWriter(path, self.classes) as writer:
             for i in range(len(self)):
                 writer.add(self.image(i), int(self.labels[i]))
 

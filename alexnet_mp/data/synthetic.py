@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from alexnet_mp.config.progress import progress
+from alexnet_mp.config.progress import Progress, progress
 from alexnet_mp.config.seeds import combine
-from alexnet_mp.data.cache import cached
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.folder_layout import SPLITS, Split
 from alexnet_mp.data.source import Request
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import VERSION as STORE_VERSION
-from alexnet_mp.data.store_format import Writer
+from alexnet_mp.data.store_writer import StoreWriter
 
 VERSION = 2
 SIDE = 256
@@ -38,7 +37,10 @@ FEW = 0.25
 """Share of a split up to which its images are drawn in memory, not kept on disk."""
 
 Outlines = list[tuple[np.ndarray, bool]]
-"""Polygons (points, 2) within the circle of radius 1 around 0, one over the other: True paints, False cuts a hole."""
+"""Polygons (points, 2) in the circle of radius 1 around 0, one over the other.
+
+True paints, False cuts a hole.
+"""
 
 
 class Shapes:
@@ -67,23 +69,20 @@ class Shapes:
             return Store([np.stack(images)], rows % len(CLASSES), CLASSES)
 
         def build(path: Path) -> None:
-            bar = progress(
+            bar: Progress[None] = progress(
                 total=count, description="shapes", unit="images", enabled=request.progress
             )
-            with bar, Writer(path, CLASSES) as writer:
+            with bar, StoreWriter(path, CLASSES) as writer:
                 for index, image in enumerate(_drawn(request.seed, split, side, range(count))):
                     writer.add(image, index % len(CLASSES))
                     bar.update()
 
         return Store.open(
-            cached(
+            request.cache(request.directory).get(
                 f"shapes-{request.seed}-{VERSION}-{side}px-store{STORE_VERSION}-{split}",
                 build,
                 f"drawing {count:,} images of {len(CLASSES)} shapes",
                 count,
-                request.directory,
-                request.run_once_per_host,
-                request.print_rank0,
             )
         )
 

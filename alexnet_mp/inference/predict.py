@@ -6,7 +6,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from alexnet_mp.config.arguments import PredictRequest
 from alexnet_mp.config.progress import Progress, progress
-from alexnet_mp.data import resize, try_read
 from alexnet_mp.inference.ensemble import EnsembleRunner
+from alexnet_mp.inference.load_network import TrainedNetwork, best_classes
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -54,38 +53,26 @@ def _batches(files: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 def _predict_batch(
     ensemble: EnsembleRunner, files: Sequence[str], top: int
 ) -> Iterator[dict[str, Any]]:
-    images = [_read(file, ensemble.first.side) for file in files]
+    images = [_read(file, ensemble.first) for file in files]
     readable = [image for image in images if isinstance(image, Tensor)]
     rows = iter(ensemble.probabilities(torch.stack(readable)) if readable else ())
     for file, image in zip(files, images, strict=True):
         if isinstance(image, Tensor):
             best = best_classes(next(rows), ensemble.first.classes, top)
-            yield {"file": file, "top": best}
+            yield {"file": file, "top": [{"class": c, "probability": p} for c, p in best]}
         else:
             yield {"file": file, "error": image}
 
 
-def _read(file: str, side: int) -> Tensor | str:
-    """The image in `file`, uint8 (3, side, side), or the reason why it cannot be read."""
+def _read(file: str, network: TrainedNetwork) -> Tensor | str:
+    """The image in `file` as `network` wants it, or the reason why it cannot be read."""
     if file == "-":
         return "the standard input is not read; save the image and give the name of its file"
     if URL.match(file):
         return "an address, not a file; download the image and give the name of its file"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata in images that it reads
-        image = try_read(Path(file))
-    return image if isinstance(image, str) else resize(torch.from_numpy(image)[None], side)[0]
-
-
-def best_classes(probabilities: Tensor, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """The `top` most probable classes of one row (classes,), the most probable first."""
-    values, numbers = probabilities.topk(min(top, len(probabilities)))
-    # A network may have more logits than its training images had classes.
-    names = [classes[k] if k < len(classes) else f"class {k}" for k in numbers.tolist()]
-    return [
-        {"class": name, "probability": value}
-        for name, value in zip(names, values.tolist(), strict=True)
-    ]
+        return network.read_image(file)
 
 
 def prediction_lines(answer: dict[str, Any]) -> list[str]:

@@ -120,8 +120,8 @@ def curves(run: FinishedRun, out: Path, window: int = 1) -> Picture:
     }
     return Picture(
         out / "curves.png",
-        f"{len(run.history)} epoch{'s' * (len(run.history) > 1)}; lowest validation loss {best['val_loss']:.4f} after epoch "
-        f"{best['epoch']}, error there {1 - best['val_top1']:.2%}",
+        f"{len(run.history)} epoch{'s' * (len(run.history) > 1)}; lowest validation loss "
+        f"{best['val_loss']:.4f} after epoch {best['epoch']}, error there {1 - best['val_top1']:.2%}",
         facts,
     )
 

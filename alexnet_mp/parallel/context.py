@@ -113,20 +113,6 @@ class ParallelContext(Collectives):
             process_group=self.data_group,
         )
 
-    def placement(self, model: nn.Module, batch_size: int) -> list[str]:
-        """A line for each rank of the first copy: its columns, parameters and batch size.
-
-        E.g. "rank 0: column 0; 10,108,620 parameters; batch 32"; the other copies hold the same.
-        Every rank calls it.
-        """
-        columns = ", ".join(map(str, self.columns))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        mine = (
-            f"rank {self.rank}: column{'s' * (len(self.columns) > 1)} {columns}; "
-            f"{parameters:,} parameters; batch {batch_size}"
-        )
-        return self.gather(mine)[: self.column_ranks]
-
     def close(self) -> None:
         """Leaves the process group; without it torch warns and some backends hang at exit."""
         if self.heart is not None:

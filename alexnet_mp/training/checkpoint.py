@@ -1,8 +1,8 @@
 """Saves and resumes a run, at any placement; `weights/checkpoint_file.py` describes the file.
 
-A checkpoint holds the whole network, its velocities and the loop's state, whichever ranks wrote it: each rank
-takes out what belongs to its columns. `last.pt` is the newest one, `best.pt` and `epoch-NNNN.pt` are links to the
-state at the end of an epoch, velocities included, so that training can go on from each of them.
+A checkpoint holds the whole network, its velocities and the loop's state, whichever ranks wrote it:
+each rank takes the parts of its columns. `last.pt` is the newest one; `best.pt` and `epoch-NNNN.pt`
+are the file of the end of an epoch, velocities included, so that training can go on from each.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def save(
 
 
 def link_and_prune(path: Path, links: Iterable[Path], keep: int) -> None:
-    """Makes each of `links` the same file as `path`; then only the newest `keep` epochs stay (0: all)."""
+    """Makes each of `links` the same file as `path`; the newest `keep` epochs stay (0: all)."""
     for link in links:
         link_atomically(path, link)
     for old in epoch_files(path.parent)[keep:] if keep else ():
@@ -152,7 +152,7 @@ def _epoch(path: Path) -> int:
 
 
 def newest_good(folder: Path) -> tuple[Path, int] | None:
-    """The readable checkpoint of the most steps in `folder`, and its steps; None if there is none."""
+    """The readable checkpoint of the most steps in `folder`, and its steps; None without one."""
     best: tuple[Path, int] | None = None
     for path in [folder / "last.pt", folder / "best.pt", *epoch_files(folder)]:
         try:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_mp.config import Config, ModelConfig, RecipeConfig, preset
+from alexnet_mp.data.cache import cache_folder
 from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.ops.precision import autocast
@@ -162,7 +163,7 @@ def limits(context: ParallelContext) -> Iterator[Row]:
             "start the container with --shm-size=1g" if small else "",
             {"free": free},
         )
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    cache = cache_folder() or Path.cwd()
     existing = next((path for path in (cache, *cache.parents) if path.exists()), Path("/"))
     free = shutil.disk_usage(existing).free
     yield Row("cache", f"{cache}: {free / GIGABYTE:.1f} GB free", values={"free": free})

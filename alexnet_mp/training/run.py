@@ -1,4 +1,4 @@
-"""One whole training run, from a configuration to the files in its folder: prepare, restore, train, test, write."""
+"""One whole training run: prepare, restore, train, test, write the files of its folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alexnet_mp.config import Config, check
 from alexnet_mp.data import build_loaders, load
-from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.ops.compile import compile_network
 from alexnet_mp.ops.response_norm import slow_norm
 from alexnet_mp.parallel.context import ParallelContext, describe, init_parallel
@@ -39,7 +39,7 @@ def run(config: Config, install_signals: Callable[[Trainer], None] | None = None
     signal handler may set its `stop_requested`.
 
     Raises ValueError or OSError (one line, naming the flag, file or rank) for what a user can mend,
-    NonFiniteError for a run that diverged, after last.pt was saved with the weights before that step.
+    NonFiniteError for a run that diverged; last.pt then has the weights from before that step.
     """
     context = init_parallel(config)
     one = Run(config, context)
@@ -53,7 +53,7 @@ def run(config: Config, install_signals: Callable[[Trainer], None] | None = None
 
 
 class Run:
-    """A run on this rank. The constructor prepares data, network, trainer; `train_and_test` does the rest."""
+    """A run on this rank. The constructor prepares data, network and trainer."""
 
     def __init__(self, config: Config, context: ParallelContext) -> None:
         self.context = context
@@ -98,7 +98,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if kind == "cpu":
-            cpu_kernels.keep_freed_memory()
+            keep_freed_memory()
         if config.model.lrn and (slow := slow_norm(kind)):
             self.print_rank0(f"note: {slow}")
 
@@ -229,7 +229,7 @@ class Run:
             raise Stopped
 
     def _save(self, record: dict[str, Any] | None = None, improved: bool = False) -> None:
-        """Saves last.pt; with the `record` of an epoch that has ended, links its other names too."""
+        """Saves last.pt; with the `record` of an epoch that has ended, its other names too."""
         trainer, folder, keep = self.trainer, self.folder, self.config.run.keep_checkpoints
         statistics = self.augment.statistics
         self.context.status = f"saving after step {trainer.step}"
@@ -259,7 +259,7 @@ class Run:
     # --- test and write
 
     def _test(self) -> Scores:
-        """Scores of the best weights, or of the current ones if no epoch has ended, on the test split."""
+        """Scores of the best weights, or before the first epoch ends of the current ones."""
         if self.trainer.best["epoch"] is not None:
             self._load_best_weights()
         return self.trainer.scores(self.test_loader, "test")

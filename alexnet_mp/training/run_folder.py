@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its checkpoints' names, and the files that people and programs read."""
+"""The folder of a run: its lock, the names of its checkpoints, its JSON files and curves."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from alexnet_mp.config.folder_lock import LOCK_NAME, FolderLock
 
 
 class RunFolder:
-    """`--out` as rank 0 sees it. The other ranks need not see the same folder: they ask for names only.
+    """The folder that --out names. Only rank 0 reads and writes in it; others use its names.
 
-    Every file is replaced as a whole, so that a reader, a kill or a full disk never meets half of one.
+    Every file is replaced as a whole: no reader finds half of one, even after a kill.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +58,7 @@ class RunFolder:
         self._write_json("result.json", result)
 
     def draw_curves(self, records: list[dict[str, Any]], classes: int) -> str:
-        """Draws curves.png. Returns why that failed, or "": a picture must not cost the run its result."""
+        """Draws curves.png. Returns why that failed, or "": without a picture the run goes on."""
         try:
             from alexnet_mp.plotting.curves import draw_curves  # matplotlib may be broken
 

@@ -17,14 +17,17 @@ import errno
 import os
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
+from alexnet_mp.config import Config
 from alexnet_mp.config.files import atomic_writer, sync_folder, temporary_path
 from alexnet_mp.model.alexnet import AlexNet
+from alexnet_mp.weights.network_file import NetworkFile, checked_statistics
 
 FORMAT, VERSION = "alexnet_mp checkpoint", 1
 KINDS = {
@@ -46,11 +49,19 @@ def read(path: str | Path, usual: str = "best.pt") -> dict[str, Any]:
     """
     path = Path(path)
     check_is_file(path, usual)
+    return checked(load_torch(path), path)
+
+
+def load_torch(path: Path) -> Any:
+    """The content of a file of torch.save, on the CPU: containers and tensors, nothing else.
+
+    Raises ValueError that names `path`.
+    """
     try:  # not memory-mapped: a file that changes under a map kills the process
         _verify(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error below says in one line what torch warns of
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise ValueError(f"{path}: may not be read (permissions)") from None
     except Exception as error:  # torch raises errors of many kinds for a damaged file
@@ -58,7 +69,42 @@ def read(path: str | Path, usual: str = "best.pt") -> dict[str, Any]:
         raise ValueError(
             f"{path}: not a readable checkpoint, damaged or of another program ({reason[0][:100]})"
         ) from None
-    return checked(content, path)
+
+
+def read_network(path: Path) -> NetworkFile:
+    """The network in the checkpoint at `path`. Raises as `read`, and for what is not a network."""
+    content = read(path)
+    try:
+        config = Config.from_dict(content["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+    statistics = content["data"].get("statistics")
+    if statistics is not None and not isinstance(statistics, dict):
+        raise ValueError(f"{path}: its statistics are not those of training images")
+    return NetworkFile(
+        path,
+        config,
+        content["model"],
+        tuple(map(str, content["data"]["classes"])),
+        checked_statistics(statistics, config, path),
+    )
+
+
+def write_network(network: NetworkFile, path: Path) -> None:
+    """Writes `network` as a checkpoint without a run's state: it cannot be resumed."""
+    data = {"classes": list(network.classes), "images": [], "statistics": network.statistics}
+    write_atomically(
+        path,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": network.config.to_dict(),
+            "model": network.tensors,
+            "velocity": {},
+            "loop": {},
+            "data": data,
+        },
+    )
 
 
 def check_is_file(path: Path, usual: str = "best.pt") -> None:
@@ -122,19 +168,26 @@ def _verify(path: Path) -> None:
 
 
 def load_model(content: dict[str, Any], model: AlexNet, source: str | Path = "checkpoint") -> None:
-    """Copies the weights of `content` into `model`, which may hold only some of the columns.
+    """`load_tensors` of the weights in the checkpoint `content`."""
+    load_tensors(content["model"], model, source)
+
+
+def load_tensors(
+    tensors: Mapping[str, Tensor], model: AlexNet, source: str | Path = "checkpoint"
+) -> None:
+    """Copies the `tensors` of a whole network into `model`, which may hold only some columns.
 
     Raises ValueError that names the first tensor that is missing or has another shape.
     """
     for name, mine in model.state_dict().items():
-        theirs = content["model"].get(name)
+        theirs = tensors.get(name)
         if theirs is None or theirs.shape != mine.shape:
             found = "lacks it" if theirs is None else f"has {tuple(theirs.shape)}"
             raise ValueError(
                 f"{source}: {name} should be {tuple(mine.shape)}, the file {found}; "
                 "is this another network?"
             )
-    model.load_state_dict({name: content["model"][name] for name in model.state_dict()})
+    model.load_state_dict({name: tensors[name] for name in model.state_dict()})
 
 
 class _RecordingFile:

@@ -63,7 +63,7 @@ def to_metadata(network: NetworkFile, statistics: bool = True) -> dict[str, str]
 def from_metadata(
     metadata: Mapping[str, str], path: Path
 ) -> tuple[Config, tuple[str, ...], dict[str, Tensor] | None]:
-    """The inverse of `to_metadata`. Raises ValueError that names `path` and the part that is wrong."""
+    """The inverse of `to_metadata`. Raises ValueError that names `path` and the wrong part."""
     try:
         part = "configuration"
         config = Config.from_dict(json.loads(metadata["config"]))

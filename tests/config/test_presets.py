@@ -70,6 +70,7 @@ FREE = {
     "classes",
     "data",
     "data_dir",
+    "cache_dir",
     "limit_train",
     "limit_val",
     "limit_test",

@@ -11,9 +11,9 @@ from image_sets import make_folder, random_store
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer, epoch_order
+from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.epoch_order import BLOCK_SIZE, SHUFFLE_WINDOW, ReadAhead, block_order
 from alexnet_mp.data.folder_layout import list_source
-from alexnet_mp.data.shard_writer import Packing
 
 
 @given(st.integers(0, 3 * BLOCK_SIZE * SHUFFLE_WINDOW))

@@ -11,7 +11,7 @@ import pytest
 from ranks import run
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Augment, Loader, Store, mapping, store_format
+from alexnet_mp.data import Augment, Loader, Store, mapping, store_format, store_writer
 from alexnet_mp.data.mapping import map_file, release, will_need
 
 SHARDS = 300
@@ -19,11 +19,11 @@ SHARDS = 300
 
 def many_shards(path: Path, images: int = 2 * SHARDS) -> Store:
     """A store of small shards, two images each, made from one file by hard links."""
-    index = store_format.StoreIndex()
+    index = store_writer.StoreIndex()
     path.mkdir(parents=True)
-    pair = [store_format.EncodedImage(4, np.full((3, 4, 4), k, np.uint8)) for k in range(2)]
+    pair = [store_writer.EncodedImage(4, np.full((3, 4, 4), k, np.uint8)) for k in range(2)]
     first = path / store_format.shard_name(0)
-    entry, order, _ = store_format.write_shard(first, pair)
+    entry, order, _ = store_writer.write_shard(first, pair)
     for number in range(images // 2):
         if number:
             os.link(first, path / store_format.shard_name(number))

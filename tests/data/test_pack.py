@@ -18,9 +18,17 @@ from image_sets import levels, make_folder, pack_slowly, write_image
 from PIL import Image
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Store, dataset_packer, decode, load, shard_writer, store_format
+from alexnet_mp.data import (
+    Store,
+    dataset_packer,
+    decode,
+    decode_pool,
+    load,
+    store_format,
+    store_writer,
+)
+from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.folder_layout import list_source
-from alexnet_mp.data.shard_writer import Packing
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("ALEXNET_MP_KILLS", "5"))
@@ -58,7 +66,7 @@ def contents(store: Path) -> dict[str, bytes]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_format, "SHARD", 16)
-    monkeypatch.setattr(shard_writer, "CHUNK", 4)
+    monkeypatch.setattr(decode_pool, "CHUNK", 4)
 
 
 @pytest.mark.parametrize("encode", ["raw", "jpeg"])
@@ -100,10 +108,11 @@ def test_a_jpeg_store_is_smaller_and_nearly_the_same(tmp_path: Path) -> None:
     assert np.abs(stored.astype(int) - picture).mean() < 3
 
 
-def test_statistics_come_with_the_store_and_are_those_that_would_be_measured(
-    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("encode", ["raw", "jpeg"])
+def test_stored_statistics_are_those_that_would_be_measured(
+    tmp_path: Path, encode: str, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack(noisy_folder(tmp_path / "set"), tmp_path / "store")
+    pack(noisy_folder(tmp_path / "set"), tmp_path / "store", encode=encode)
     store = Store.open(tmp_path / "store" / "train")
     in_memory = Store(store.shelves, store.labels, store.classes, store.places)
     most = np.arange(60) % 10 != 3
@@ -180,7 +189,7 @@ def stopped(
     monkeypatch: pytest.MonkeyPatch, source: Path, store: Path, after: int = 70, **options: object
 ) -> None:
     """Packs until file number `after` and leaves what a kill would."""
-    read, count = shard_writer.try_read, []
+    read, count = decode_pool.try_read, []
 
     def interrupt(file: Path) -> object:
         count.append(file)
@@ -189,7 +198,7 @@ def stopped(
         return read(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "try_read", interrupt)
+        patch.setattr(decode_pool, "try_read", interrupt)
         with pytest.raises(KeyboardInterrupt):
             pack(source, store, **options)
 
@@ -206,10 +215,8 @@ def test_finished_shards_are_not_decoded_again_unless_they_are_damaged(
     shards = sorted((tmp_path / "store" / "test").glob("images-*.npy"))
     assert shards and not (tmp_path / "store" / "test" / "header.json").exists()
     decoded: list[Path] = []
-    read = shard_writer.try_read
-    monkeypatch.setattr(
-        shard_writer, "try_read", lambda file: (decoded.append(file), read(file))[1]
-    )
+    read = decode_pool.try_read
+    monkeypatch.setattr(decode_pool, "try_read", lambda file: (decoded.append(file), read(file))[1])
     pack(source, tmp_path / "store")
     assert len(decoded) == 60 - 16 * len(shards) and contents(tmp_path / "store") == contents(
         tmp_path / "whole"
@@ -281,17 +288,74 @@ def test_a_folder_with_something_else_in_it_is_not_packed_into(tmp_path: Path) -
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_folder(tmp_path / "set")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**4))
     with pytest.raises(
         ValueError,
-        match=r"needs 0\.01 GB, 0\.00 are free there; name a folder on a larger disk, or take --encode jpeg",
+        match=r"STORE .*: needs about 48 kB, 10 kB are free there; name a folder on a larger disk, or take --encode jpeg",
     ):
         pack(source, tmp_path / "store")
-    assert "packing 40 images into" in capsys.readouterr().out and not (tmp_path / "store").exists()
+    assert not (tmp_path / "store").exists()
+
+
+def test_room_that_a_begun_store_takes_already_is_not_asked_for_again(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = noisy_folder(tmp_path / "set")
+    stopped(monkeypatch, source, tmp_path / "store", after=110)
+    there = sum(path.stat().st_size for path in (tmp_path / "store").rglob("images-*.npy"))
+    whole = 2 * 20 * 3 * (30**2 + 31**2 + 32**2)
+    usage = shutil.disk_usage(tmp_path)
+    lines: list[str] = []
+    for room, fits in ((whole - there - 1000, False), (whole - there + 1000, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, room=room: usage._replace(free=room))
+        with (
+            contextlib.nullcontext() if fits else pytest.raises(ValueError, match="are free there")
+        ):
+            pack(source, tmp_path / "store", say=lines.append)
+    assert "about 346 kB, of which" in lines[0]
+
+
+def test_what_is_promised_is_on_the_disk_before_the_promise(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard before its manifest, all before the header, the header before the store counts as finished."""
+    events: list[tuple[str, str]] = []
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def name(descriptor: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("sync", name(fd))), fsync(fd))[1])
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda old, new: (events.append((Path(old).name, Path(new).name)), replace(old, new))[1],
+    )
+
+    def record_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == dataset_packer.UNFINISHED:
+            events.append(("unlink", path.name))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", record_unlink)
+    pack(noisy_folder(tmp_path / "set"), tmp_path / "store")
+    train, test = [], []
+    for number in range(-(-60 // 16)):
+        manifest = f".manifest-{number:05d}"
+        train += [f"images-{number:05d}.npy", f"{manifest}.npz", f"{manifest}.json"]
+        test += [f"images-{number:05d}.npy", f"{manifest}.json"]
+    train += ["paths.json", "sums.npz", "labels.npy", "places.npy", "header.json"]
+    test += ["paths.json", "labels.npy", "places.npy", "header.json"]
+    renamed = [new for old, new in events if old.endswith(".tmp")]
+    assert renamed == ["unfinished.json", *train, *test]
+    for number, (old, new) in enumerate(events):
+        if old.endswith(".tmp"):  # its content is on the disk before, and its new name after
+            assert ("sync", old) in events[:number] and events[number + 1][0] == "sync", new
+    assert events[-2:] == [("unlink", "unfinished.json"), ("sync", "store")]
 
 
 def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
@@ -299,7 +363,7 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
 ) -> None:
     source = noisy_folder(tmp_path / "set")
     pack(source, tmp_path / "whole")
-    write, count = store_format.write_shard, []
+    write, count = store_writer.write_shard, []
 
     def fill(path: Path, *args: object) -> object:
         count.append(path)
@@ -308,7 +372,7 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
         return write(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_format, "write_shard", fill)
+        patch.setattr(store_writer, "write_shard", fill)
         with pytest.raises(
             ValueError, match=r"no room left .*repeat the command, finished shards are kept"
         ) as caught:

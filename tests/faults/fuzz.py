@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Gives mutated files to the readers: only the documented errors may come out, in one line, in bounded time and memory.
+"""Gives mutated files to the readers, which may raise only the errors that they document.
 
-    python tests/faults/fuzz.py --files 10000 [--seed N] [--reader checkpoint JPEG]      --files of each kind
+    python tests/faults/fuzz.py --files 10000 [--seed N] [--reader checkpoint JPEG]
 
-A reader is an entry of READERS: what makes a good file, what reads it, and the errors that it documents.
-Three kinds of damage: bytes changed at random; bytes changed inside a zip whose checksums are then made right again; values changed
-inside the content. Exit code 1 if anything else came out.
+`--files` counts the files of each kind. A reader is an entry of READERS: a function that makes a
+good file, one that reads it, and the errors that it documents, each of one line. There are three
+kinds of damage: bytes changed at random; bytes changed inside a zip file whose checksums are then
+corrected; values changed inside the content. Time and memory are bounded. Exit code 1 if a reader
+did anything else.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ from torch import nn
 from alexnet_mp import AlexNet, Trainer, preset
 from alexnet_mp.cli.parser import stored_config
 from alexnet_mp.data import Store, try_read
+from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.image_folder import list_split
-from alexnet_mp.data.shard_writer import Packing, pack_split
+from alexnet_mp.data.split_packer import pack_split
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training import checkpoint
@@ -65,7 +68,7 @@ CONFIG = preset("demo").with_fields(kernels=(4, 4, 4, 4, 4), hidden=(6, 5), clas
 
 
 def trainer() -> Trainer:
-    model = AlexNet(CONFIG.model)
+    model = AlexNet(CONFIG.model, seed=0)
     return Trainer(
         model, nn.CrossEntropyLoss(), build_optimizer(model, CONFIG.recipe), "cpu", verbose=False
     )
@@ -94,7 +97,7 @@ TRAINER: list[Trainer] = []
 
 
 def read_checkpoint(path: Path) -> None:
-    """All that `--resume` reads of it, up to the first step."""
+    """Reads everything that `--resume` reads before the first step."""
     stored_config(path)
     content = checkpoint.read(path)
     if not TRAINER:
@@ -141,7 +144,7 @@ def alter_checkpoint(path: Path, draw: random.Random) -> None:
 
 
 def store_reader(name: str, encode: str) -> Reader:
-    """One file of a store, and all that training reads of a store that holds it."""
+    """Reads one file of a store, and everything that training reads of a store with that file."""
 
     def folder(path: Path) -> Path:
         return path.with_name(f"store-{encode}")
@@ -184,7 +187,7 @@ def store_reader(name: str, encode: str) -> Reader:
 
 
 def image_reader(kind: str, **options: Any) -> Reader:
-    """An image file, as packing and prediction read it: an array, or a text that says what is wrong."""
+    """Reads an image file as packing and prediction do: an array, or a text with the reason."""
 
     def make(path: Path) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
@@ -235,7 +238,7 @@ READERS = {
 
 
 def mutate(content: bytes, draw: random.Random) -> bytes:
-    """`content` with one to eight changes of bytes: flipped, overwritten, removed, repeated, cut off."""
+    """`content` with one to eight changes: bytes flipped, changed, removed, repeated, cut off."""
     data = bytearray(content)
     for _ in range(draw.choice((1, 1, 2, 4, 8))):
         if not data:
@@ -264,7 +267,7 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
 
 
 def reseal(content: bytes, draw: random.Random) -> bytes:
-    """A zip with one member mutated, and its checksum made right: what a checksum cannot find."""
+    """A zip file with one member mutated and its checksum corrected, which no checksum can find."""
     out = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(content)) as source,
@@ -298,7 +301,7 @@ def limit(seconds: int) -> Iterator[None]:
 def fuzz(
     reader: Reader, files: int, seed: int, folder: Path
 ) -> tuple[Counter[str], list[str], float]:
-    """(what became of the files, what should not have, megabytes by which the process grew)."""
+    """(number of files by outcome, outcomes that are wrong, megabytes by which memory grew)."""
     name = reader.name.replace(" ", "-")
     draw, good, path = random.Random(seed), folder / f"good-{name}", folder / f"mutated-{name}"
     reader.make(good)

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Kills jobs at random moments, continues them, and compares what they end with: not a bit may differ from an uninterrupted run.
+"""Kills jobs at random moments and continues them: they must end as an uninterrupted run does.
 
     python tests/faults/soak.py --kills 200 [--seed N] [--ranks 2] [--torchrun N]
 
-Ranks are forked as in harness.py, and a random one (or all) is killed, stopped for good, or asked to end by a signal, at a random time or
-at a random point of the code. A job that gets to its end is compared and begun anew, until there were as many kills. `--torchrun N`:
-then N more kills of ranks of real jobs, which torchrun --max-restarts starts again. Exit code 1 if anything was lost.
+Ranks are forked as in harness.py. A random one, or all, is killed, stopped for good, or asked to
+end by a signal, at a random time or at a random point of the code. A job that reaches its end is
+compared bit for bit, and a new one begins, until there were as many kills. `--torchrun N` then
+kills N ranks of a real job, which torchrun --max-restarts starts again. Exit code 1 if anything was
+lost.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ POINTS = (
 
 
 def contents(out: Path) -> dict[str, object]:
-    """What a finished job leaves, without what the clock says."""
+    """The files of a finished job, without times."""
     files = {
         name: checkpoint.read(out / name)
         for name in ("last.pt", "best.pt", *(path.name for path in checkpoint.epoch_files(out)))
@@ -89,7 +91,7 @@ def contents(out: Path) -> dict[str, object]:
 
 
 def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
-    """Names of what is not the same, bit for bit."""
+    """The names of the entries that are not equal bit for bit."""
     return sorted(
         {*one, *other}
         - {
@@ -105,7 +107,7 @@ def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
 
 
 def attempt(out: Path, ranks: int, draw: random.Random) -> tuple[str, harness.Outcome]:
-    """One start of the job, with something that ends it; what that was."""
+    """One start of the job, and one fault: (the fault, the outcome)."""
     flags = FLAGS + (("--resume",) if (out / "last.pt").exists() else ())
     kind, victim = (
         draw.choice(("kill", "kill", "kill", "stop", "term", "exit")),
@@ -127,7 +129,7 @@ def attempt(out: Path, ranks: int, draw: random.Random) -> tuple[str, harness.Ou
 
 
 def strike(out: Path, kind: str, victim: int | None) -> None:
-    """Kills the ranks of the job that writes to `out`, found by their screen."""
+    """Strikes the ranks of the job that writes to `out`, which are found by their screen."""
     number = {"stop": signal.SIGSTOP, "term": signal.SIGTERM}.get(kind, signal.SIGKILL)
     screen, pids = str(out.with_name(f"{out.name}.screen")), []
     for entry in Path("/proc").iterdir():
@@ -170,7 +172,8 @@ def soak(kills: int, ranks: int, seed: int, folder: Path) -> tuple[int, int, int
             wrong = differences(expected, contents(out))
             lost += bool(wrong)
             print(
-                f"{struck} kills, {finished} jobs finished; this one in {starts} starts: {wrong[:9] or 'equal bit for bit'}",
+                f"{struck} kills, {finished} jobs finished; this one in {starts} starts: "
+                f"{wrong[:9] or 'equal bit for bit'}",
                 flush=True,
             )
             shutil.rmtree(out)
@@ -179,7 +182,7 @@ def soak(kills: int, ranks: int, seed: int, folder: Path) -> tuple[int, int, int
 
 
 def soak_torchrun(kills: int, seed: int, folder: Path) -> tuple[int, int]:
-    """Kills ranks of a real job that torchrun starts again: (kills, jobs that differed)."""
+    """Kills ranks of a real job, which torchrun starts again: (kills, jobs that differed)."""
     draw, whole, out = random.Random(seed), folder / "torchrun-whole", folder / "torchrun"
     flags = ("--epochs", "60", "--save-every", "2", "--limit-train", "40")
     harness.run(Scenario("whole", flags=flags), whole, timeout=300)
@@ -248,7 +251,8 @@ def main() -> int:
             soak_torchrun(asked.torchrun, asked.seed, Path(name)) if asked.torchrun else (0, 0)
         )
     print(
-        f"{struck + more} kills, {finished + bool(asked.torchrun)} jobs finished, {lost + also_lost} wrong, {time.monotonic() - started:.0f} s"
+        f"{struck + more} kills, {finished + bool(asked.torchrun)} jobs finished, "
+        f"{lost + also_lost} wrong, {time.monotonic() - started:.0f} s"
     )
     return int(lost + also_lost > 0)
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Whether a long training grows: memory and open files of two ranks over time, and their slopes.
+"""Measures whether a long training grows: memory and open files of two ranks over time.
 
-    python tests/faults/steady.py --minutes 30 [train.py's flags]      default flags: the demo preset on `shapes`, epochs without end
+    python tests/faults/steady.py --minutes 30 [flags of train.py]
 
-The first fifth of the time counts as warming up. Exit code 1 if memory grows by more than MEGABYTES an hour, or the number of open files at all.
+It trains the demo preset on `shapes` without end, unless flags say otherwise. The first fifth of
+the time is a warm-up. Exit code 1 if memory grows by more than MEGABYTES an hour, or the number of
+open files at all.
 """
 
 from __future__ import annotations
@@ -101,8 +103,10 @@ def main() -> int:
         )
         failed |= slope > MEGABYTES or more > 0
         print(
-            f"rank {rank}: {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, slope {slope:+.1f} MB an hour; open files {files.min():.0f} "
-            f"to {files.max():.0f}, {more:+.0f} from the first to the last quarter ({len(values)} samples, {values[-1, 0] - values[0, 0]:.0f} s)"
+            f"rank {rank}: {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, "
+            f"slope {slope:+.1f} MB an hour; open files {files.min():.0f} to {files.max():.0f}, "
+            f"{more:+.0f} from the first to the last quarter "
+            f"({len(values)} samples, {values[-1, 0] - values[0, 0]:.0f} s)"
         )
     return int(failed)
 

@@ -1,4 +1,4 @@
-"""What nobody thought of: random configurations, shapes, files and kills."""
+"""Random configurations, shapes, files and kills."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from alexnet_mp import Config, preset
 from alexnet_mp.config import DataConfig, ModelConfig, RecipeConfig, RunConfig
 from alexnet_mp.data import Store
 from alexnet_mp.data.decode import read_image
-from alexnet_mp.data.store_format import Writer
+from alexnet_mp.data.store_writer import StoreWriter
 from alexnet_mp.parallel.exchange import GroupLink
 from alexnet_mp.training import checkpoint
 
@@ -52,7 +52,7 @@ FIELDS = [
 
 @QUICK
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
-def test_a_configuration_is_refused_in_one_line_or_comes_back_from_its_dictionary_as_it_was(
+def test_a_configuration_is_refused_or_comes_back_from_its_dictionary(
     changes: dict,
 ) -> None:
     values = preset("paper").to_dict()
@@ -89,7 +89,7 @@ def test_a_configuration_is_refused_in_one_line_or_comes_back_from_its_dictionar
     ),
     st.lists(st.integers(0, 5), max_size=3),
 )
-def test_whatever_plain_state_is_saved_comes_back(tmp_path, state, shape: list[int]) -> None:
+def test_any_plain_state_that_is_saved_comes_back(tmp_path, state, shape: list[int]) -> None:
     path = tmp_path / "last.pt"
     content = {
         "format": checkpoint.FORMAT,
@@ -116,7 +116,7 @@ def test_whatever_plain_state_is_saved_comes_back(tmp_path, state, shape: list[i
     st.integers(1, 32),
     st.sampled_from(["PNG", "JPEG", "TIFF"]),
 )
-def test_an_image_of_any_mode_and_shape_is_its_center_square_at_no_more_than_its_size(
+def test_an_image_of_any_mode_and_shape_is_read_as_its_center_square(
     tmp_path, mode: str, width: int, height: int, side: int, kind: str
 ) -> None:
     path = tmp_path / "image"
@@ -147,12 +147,12 @@ def test_an_image_of_any_mode_and_shape_is_its_center_square_at_no_more_than_its
     VALUES,
     st.booleans(),
 )
-def test_a_header_that_says_something_else_is_refused_in_one_line_or_the_store_opens(
+def test_a_changed_header_is_refused_in_one_line_or_the_store_opens(
     tmp_path, key: str, value: object, gone: bool
 ) -> None:
     store = tmp_path / "store"
     if not store.exists():
-        with Writer(store, ["a", "b"]) as writer:
+        with StoreWriter(store, ["a", "b"]) as writer:
             for label in (0, 1):
                 writer.add(np.full((3, 4, 4), label, np.uint8), label)
         (tmp_path / "whole.json").write_bytes((store / "header.json").read_bytes())
@@ -175,7 +175,7 @@ def test_a_header_that_says_something_else_is_refused_in_one_line_or_the_store_o
 
 
 def exchanged(rank: int, shapes: list[tuple[tuple[int, ...], bool]]) -> list[tuple[bool, bool]]:
-    """For every shape: whether the peer's tensor arrived, and whether its gradient came back, exactly."""
+    """For every shape: (the peer's tensor arrived exactly, its gradient came back exactly)."""
     with process_group():
         import torch.distributed as dist
 
@@ -188,7 +188,7 @@ def exchanged(rank: int, shapes: list[tuple[tuple[int, ...], bool]]) -> list[tup
                 )
                 for r in (0, 1)
             ]
-            # a slice is not contiguous, and gloo would send it wrong without a word
+            # a slice is not contiguous: gloo itself would send it wrong, without an error
             x = [
                 (w[:, ::2] if sliced else w[:, : shape[1]].contiguous()).requires_grad_()
                 for w in whole
@@ -240,6 +240,9 @@ def test_mutated_files_give_the_documented_errors_only(reader: fuzz.Reader, tmp_
         )  # the damage does reach the reader
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.faults
 def test_random_kills_lose_nothing(tmp_path) -> None:
-    kills, _, lost = soak.soak(5, 2, seed=3, folder=tmp_path)
-    assert kills == 5 and lost == 0
+    kills, _, lost = soak.soak(3, 2, seed=3, folder=tmp_path)
+    assert kills == 3 and lost == 0

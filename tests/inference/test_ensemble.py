@@ -443,6 +443,11 @@ def changed(source: Path, target: Path, change) -> Path:
     return target
 
 
+def larger(content: dict) -> None:
+    content["config"]["data"].update(stored_side=300, mean="none", color_noise=0.0)
+    content["data"]["statistics"] = None
+
+
 def test_an_old_checkpoint_without_its_mean_image_is_refused(trained, tmp_path) -> None:
     old = changed(trained, tmp_path / "old", lambda content: content["data"].pop("statistics"))
     with pytest.raises(ValueError, match=r"old/last.pt: holds no mean image"):
@@ -463,7 +468,7 @@ def test_an_old_checkpoint_without_its_mean_image_is_refused(trained, tmp_path) 
         ),
         (lambda content: content["config"]["model"].update(classes=13), "has 13 logits, .* 12"),
         (
-            lambda content: content["config"]["data"].update(stored_side=300),
+            larger,
             "crops from images of 89 pixels, .* of 76",
         ),
     ],

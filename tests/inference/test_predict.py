@@ -1,10 +1,16 @@
-"""Prediction for files: images that are no files are refused, each with its way out."""
+"""Prediction for files: names that are no files are refused, each with the way out."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from alexnet_mp.cli.parser import parse_predict
-from alexnet_mp.inference.predict import _read, best_classes
+from alexnet_mp.config import preset
+from alexnet_mp.inference.load_network import TrainedNetwork, best_classes
+from alexnet_mp.inference.predict import _read
+
+NETWORK = TrainedNetwork(Path("best.pt"), {}, preset("demo"), (), None)
 
 
 @pytest.mark.parametrize(
@@ -15,20 +21,18 @@ from alexnet_mp.inference.predict import _read, best_classes
         ("file:///tmp/cat.jpg", "an address, not a file"),
     ],
 )
-def test_what_is_not_a_file_is_refused_with_the_way_out(file: str, words: str) -> None:
+def test_a_name_that_is_no_file_is_refused_with_the_way_out(file: str, words: str) -> None:
     assert parse_predict(["--checkpoint", "a", file]).images == (file,)
-    reason = _read(file, 76)
+    reason = _read(file, NETWORK)
     assert isinstance(reason, str) and reason.startswith(words)
 
 
 def test_a_file_with_a_colon_in_its_name_is_a_file() -> None:
-    assert _read("C:cat.jpg", 76) == "No such file or directory"
+    assert _read("C:cat.jpg", NETWORK) == "No such file or directory"
 
 
 def test_the_most_probable_classes_come_first() -> None:
     row = torch.tensor([0.1, 0.6, 0.3])
-    assert best_classes(row, ["a", "b"], top=2) == [
-        {"class": "b", "probability": pytest.approx(0.6)},
-        {"class": "class 2", "probability": pytest.approx(0.3)},  # a logit without a class
-    ]
+    expected = [("b", pytest.approx(0.6)), ("class 2", pytest.approx(0.3))]
+    assert best_classes(row, ["a", "b"], top=2) == expected  # class 2 is a logit without a class
     assert len(best_classes(row, ["a", "b"], top=9)) == 3

@@ -1,134 +1,152 @@
-"""Which rank does what, decided before any work and refused in one line."""
+"""How ranks meet: who shares a host, what must agree, and which backend serves all."""
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from alexnet_mp.parallel.context import choose_column_ranks
-from alexnet_mp.parallel.devices import choose_device
+from alexnet_mp.config import Config, DataConfig, ModelConfig, RecipeConfig, RunConfig
+from alexnet_mp.parallel import rendezvous
 from alexnet_mp.parallel.launcher import Environment
+from alexnet_mp.parallel.rendezvous import (
+    MAY_DIFFER,
+    common_fields,
+    number_local_ranks,
+    shake_hands,
+)
 
-LAUNCHED = {
-    "RANK": "1",
-    "WORLD_SIZE": "2",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500",
-}
-
-
-def test_a_plain_start_is_one_rank() -> None:
-    assert Environment.read({}) == Environment(0, 1)
+CPU = torch.device("cpu")
 
 
-def test_torchruns_variables_are_the_place() -> None:
-    assert Environment.read(LAUNCHED) == Environment(1, 2, 1, 2, "127.0.0.1", 29500)
+def new_store() -> dist.Store:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=20))
+    return store
+
+
+# --- who shares a host
+
+
+def places(hosts: list[str]) -> list[tuple[int, int]]:
+    """(local rank, local world size) of each rank, all of which have no LOCAL_RANK."""
+    store = new_store()
+    for rank, host in enumerate(hosts):
+        store.set(f"who/{rank}", json.dumps({"pid": 1, "host": host}))
+    numbered = [
+        number_local_ranks(store, Environment(rank, len(hosts), knows_host=False))
+        for rank in range(len(hosts))
+    ]
+    assert all(environment.knows_host for environment in numbered)
+    return [(environment.local_rank, environment.local_world_size) for environment in numbered]
+
+
+def test_pods_with_one_rank_each_are_hosts_of_their_own() -> None:
+    assert places(["pod-0", "pod-1", "pod-2"]) == [(0, 1)] * 3
+
+
+def test_ranks_of_one_host_are_numbered_in_rank_order() -> None:
+    assert places(["a", "a", "b", "b"]) == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert places(["a", "b", "a", "b", "b"]) == [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+def test_a_launchers_own_numbers_are_kept() -> None:
+    environment = Environment(3, 4, 1, 2)
+    assert number_local_ranks(new_store(), environment) is environment
+
+
+# --- what must agree
+
+
+def test_every_field_must_agree_but_those_that_may_differ() -> None:
+    kinds = (ModelConfig, DataConfig, RecipeConfig, RunConfig)
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert set(MAY_DIFFER) == {"device", "threads", "workers"}
+    assert set(common_fields(Config())) == names - set(MAY_DIFFER) | {"preset"}
+
+
+def meet(*configs: Config, **of_rank1: Any) -> list[str]:
+    """The backend, or the refusal, of each rank; `of_rank1` changes its handshake."""
+    store = new_store()
+
+    def rank(number: int) -> str:
+        try:
+            return shake_hands(store, Environment(number, len(configs)), CPU, configs[number])
+        except ValueError as error:
+            return str(error)
+
+    if of_rank1:
+        store.set("here/1", json.dumps(of_rank1))
+        return [rank(0)]
+    with ThreadPoolExecutor(len(configs)) as pool:
+        return list(pool.map(rank, range(len(configs))))
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("changes", "words"),
     [
-        ({"WORLD_SIZE": None}, "WORLD_SIZE=None"),
-        ({"RANK": "one"}, "RANK='one'"),
-        ({"RANK": "2"}, "RANK=2 but WORLD_SIZE=2"),
-        ({"MASTER_ADDR": None}, "no MASTER_ADDR"),
-        ({"MASTER_PORT": None}, "no MASTER_ADDR and MASTER_PORT"),
+        ({"save_every": 5}, "in --save-every: 0 on rank 0, 5 on rank 1"),
+        ({"exchange_precision": "bf16"}, "in --exchange-precision: same on rank 0, bf16 on rank 1"),
+        ({"profile": True}, "in --profile: False on rank 0, True on rank 1"),
+        ({"seed": 3}, "in --seed: 0 on rank 0, 3 on rank 1"),
+        ({"timeout": 5.0}, "in --timeout"),
+        ({"epochs": 77}, "in --epochs"),
+        ({"hidden": (7, 8)}, "in --hidden"),
+        ({"validation_share": 0.3}, "in --validation-share"),
     ],
 )
-def test_half_an_environment_is_refused_with_the_way_out(change: dict, words: str) -> None:
-    variables = {name: value for name, value in (LAUNCHED | change).items() if value is not None}
-    with pytest.raises(ValueError, match=words) as caught:
-        Environment.read(variables)
-    assert "torchrun --nproc_per_node=2" in str(caught.value) and "\n" not in str(caught.value)
+def test_a_rank_with_another_value_is_refused_on_all_ranks(changes: dict, words: str) -> None:
+    refusals = meet(Config(), Config(), Config().with_fields(**changes))
+    assert len(set(refusals)) == 1
+    assert refusals[0].startswith("rank 2 differs from rank 0 ")
+    assert words.replace("rank 1", "rank 2") in refusals[0]
 
 
-@pytest.mark.parametrize(
-    ("columns", "ranks", "share"),
-    [
-        (2, 1, 1),
-        (2, 2, 2),
-        (2, 4, 2),
-        (2, 6, 2),
-        (4, 2, 2),
-        (4, 4, 4),
-        (4, 8, 4),
-        (4, 6, 2),
-        (1, 1, 1),
-        (1, 3, 1),
-    ],
-)
-def test_a_copy_takes_the_most_ranks_that_columns_and_world_allow(
-    columns: int, ranks: int, share: int
-) -> None:
-    assert choose_column_ranks(columns, ranks) == share
+@pytest.mark.parametrize("changes", [{"threads": 3}, {"workers": 2}, {"device": "cpu"}])
+def test_each_rank_may_have_its_own_threads_and_workers(changes: dict) -> None:
+    assert meet(Config(), Config().with_fields(**changes)) == ["gloo", "gloo"]
 
 
-@pytest.mark.parametrize(
-    ("columns", "ranks", "words"),
-    [
-        (2, 3, "1 or a multiple of 2"),
-        (4, 3, "1 or a multiple of 2 or 4"),
-        (2, 5, "1 or a multiple of 2"),
-    ],
-)
-def test_ranks_that_cannot_share_the_columns_are_refused_with_the_sizes_that_work(
-    columns: int, ranks: int, words: str
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        choose_column_ranks(columns, ranks)
+def test_a_rank_of_another_version_is_refused_by_name() -> None:
+    assert meet(Config(), Config(), device="cpu", torch="1.0") == [
+        "rank 1 sent an invalid handshake; check that all ranks run the same version"
+    ]
 
 
-def test_data_parallelism_has_to_be_asked_for() -> None:
-    assert choose_column_ranks(2, 3, asked=1) == 1
-    with pytest.raises(ValueError, match="--column-ranks 3: 2 columns divide among 1, 2 ranks"):
-        choose_column_ranks(2, 3, asked=3)
-    with pytest.raises(ValueError, match="multiple of 2"):
-        choose_column_ranks(2, 3, asked=2)
+# --- which backend
 
 
-def on_a_machine(monkeypatch, gpus: int) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+def chosen(asked: str, gpus: list[tuple[str, str]], mig: bool = False) -> str:
+    ranks = [{"host": host, "gpu": gpu, "mig": mig} for host, gpu in gpus]
+    device = torch.device("cuda:0" if gpus[0][1] else "cpu")
+    return rendezvous._choose_backend(asked, device, ranks, prints=True)
 
 
-@pytest.mark.parametrize(
-    ("gpus", "local_rank", "device"),
-    [
-        (0, 1, "cpu"),
-        (1, 0, "cuda:0"),
-        (1, 1, "cuda:0"),
-        (2, 0, "cuda:0"),
-        (2, 1, "cuda:1"),
-        (8, 1, "cuda:1"),
-    ],
-)
-def test_each_rank_takes_its_own_gpu_or_shares_the_only_one(
-    monkeypatch, gpus: int, local_rank: int, device: str
-) -> None:
-    on_a_machine(monkeypatch, gpus)
-    assert choose_device("auto", Environment(local_rank, 2, local_rank, 2)) == torch.device(device)
+OWN, SHARED = [("a", "gpu-0"), ("a", "gpu-1")], [("a", "gpu-0"), ("a", "gpu-0")]
+HOSTS, NONE = [("a", "gpu-0"), ("b", "gpu-0")], [("a", ""), ("a", "")]
 
 
-def test_fewer_gpus_than_ranks_is_one_line_with_the_ways_out(monkeypatch) -> None:
-    on_a_machine(monkeypatch, 2)
-    with pytest.raises(ValueError, match="4 ranks on this host but 2 GPUs: use --nproc_per_node=2"):
-        choose_device("cuda", Environment(3, 4, 3, 4))
+def test_gpus_of_their_own_exchange_through_nccl(capsys) -> None:
+    assert chosen("auto", OWN) == chosen("auto", HOSTS) == chosen("nccl", OWN) == "nccl"
+    assert chosen("gloo", OWN) == chosen("auto", NONE) == "gloo"
+    assert capsys.readouterr().out == ""
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch) -> None:
-    on_a_machine(monkeypatch, 0)
-    with pytest.raises(ValueError, match="--device cuda: this rank sees no CUDA device"):
-        choose_device("cuda", Environment())
-    with pytest.raises(ValueError, match="--device mps: this machine has no MPS"):
-        choose_device("mps", Environment())
+def test_a_shared_gpu_exchanges_through_gloo_and_says_so(capsys) -> None:
+    assert chosen("auto", SHARED) == "gloo"
+    assert "2 ranks share 1 GPU" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--backend nccl: two ranks share one GPU"):
+        chosen("nccl", SHARED)
+    with pytest.raises(ValueError, match="--backend nccl: the ranks run on cpu"):
+        chosen("nccl", NONE)
 
 
-def test_apples_gpu_serves_one_rank_only(monkeypatch) -> None:
-    on_a_machine(monkeypatch, 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device("auto", Environment()).type == "mps"
-    assert choose_device("auto", Environment(0, 2, 0, 2)).type == "cpu"
-    with pytest.raises(ValueError, match="MPS serves one rank only"):
-        choose_device("mps", Environment(0, 2, 0, 2))
+def test_slices_of_one_gpu_count_as_sharing_though_their_names_differ(capsys) -> None:
+    assert chosen("auto", OWN, mig=True) == "gloo"
+    assert "slices of GPUs (MIG)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"slices of GPUs \(MIG\), which NCCL refuses"):
+        chosen("nccl", OWN, mig=True)

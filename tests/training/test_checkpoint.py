@@ -1,4 +1,4 @@
-"""One file, whole network, whatever the placement; never damaged, never trusted."""
+"""One file holds the whole network at any placement; damaged and hostile files are refused."""
 
 import os
 import random
@@ -45,7 +45,7 @@ def save(path: Path, model, optimizer, loop: dict | None = None, **more) -> None
     )
 
 
-def test_what_was_saved_comes_back(tmp_path) -> None:
+def test_weights_velocities_and_loop_come_back(tmp_path) -> None:
     model, optimizer = stepped()
     save(tmp_path / "last.pt", model, optimizer)
     content = checkpoint.read(tmp_path / "last.pt")
@@ -101,7 +101,8 @@ def test_a_write_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch) -> 
     monkeypatch.setattr(torch, "save", half_written)
     with pytest.raises(
         OSError,
-        match=r"last.pt: the checkpoint could not be written .*No space left.*the one before it is intact",
+        match=r"last.pt: the checkpoint could not be written .*No space left.*"
+        "the one before it is intact",
     ):
         save(tmp_path / "last.pt", model, optimizer)
     assert (tmp_path / "last.pt").read_bytes() == before
@@ -160,9 +161,7 @@ class Hostile:
 @pytest.mark.parametrize(
     "damage", ["empty", "html", "truncated", "flipped", "foreign", "hostile", "future"]
 )
-def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_that_names_it(
-    tmp_path, damage: str
-) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, damage: str) -> None:
     path = tmp_path / "last.pt"
     save(path, *stepped())
     good = path.read_bytes()
@@ -291,7 +290,8 @@ def test_a_damaged_file_is_refused_with_the_newest_good_one_beside_it(tmp_path) 
         (tmp_path / name).write_bytes(b"damaged")
     with pytest.raises(
         ValueError,
-        match=r"last.pt: not a readable checkpoint.*newest good one is .*epoch-0002.pt, of step 2: .*--resume",
+        match=r"last.pt: not a readable checkpoint.*newest good one is .*epoch-0002.pt, "
+        "of step 2: .*--resume",
     ):
         checkpoint.read_to_resume(tmp_path / "last.pt")
 
@@ -305,7 +305,8 @@ def test_the_systems_own_reason_for_a_failed_write_is_given(tmp_path) -> None:
     try:
         with pytest.raises(
             OSError,
-            match=r"last.pt: the checkpoint could not be written \(File too large\); the one before it is intact",
+            match=r"last.pt: the checkpoint could not be written \(File too large\); "
+            "the one before it is intact",
         ):
             save(tmp_path / "last.pt", model, optimizer)
     finally:

@@ -1,4 +1,4 @@
-"""Whole runs on generated images: the same on two ranks and on one, resumed or not, with every file that the README promises."""
+"""Whole runs on generated images: equal on two ranks and one, resumed or not, with all files."""
 
 import io
 import json
@@ -127,6 +127,7 @@ def test_a_run_writes_its_files(finished) -> None:
     )
 
 
+@pytest.mark.ranks
 def test_two_ranks_train_exactly_as_one_device_does(finished, tmp_path) -> None:
     result = two(tmp_path / "run")
     ours, theirs = history(tmp_path / "run"), history(finished)
@@ -137,7 +138,7 @@ def test_two_ranks_train_exactly_as_one_device_does(finished, tmp_path) -> None:
         )  # a sum over ranks of sums over columns: another order
         assert mine == other  # everything else bit for bit: own half plus peers' half everywhere
     assert_equal_files(tmp_path / "run" / "last.pt", finished / "last.pt")
-    # 72 images in three epochs, an image sent once to the one peer: 6 maps of 3x3, 4 values after pool5, 24 and 12 classes
+    # An image is sent once, to one peer: 6 maps of 3x3, 4 values after pool5, 24, 12 classes.
     assert result["exchange"]["values_per_image"] == {
         "conv3": 6 * 9,
         "fc6": 4,
@@ -153,6 +154,7 @@ def test_two_ranks_train_exactly_as_one_device_does(finished, tmp_path) -> None:
     assert result["exchange"]["bytes_per_step"] == 32 * 4 * (2 * (54 + 4 + 24) + 12)
 
 
+@pytest.mark.ranks
 def test_four_ranks_as_two_copies_train_as_one_device_to_rounding(finished, tmp_path) -> None:
     result = two(tmp_path / "run", ranks=4)
     for mine, other in zip(history(tmp_path / "run"), history(finished), strict=True):
@@ -160,11 +162,13 @@ def test_four_ranks_as_two_copies_train_as_one_device_to_rounding(finished, tmp_
     assert result["exchange"]["values_per_image"]["conv3"] == 6 * 9
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler for a CPU")
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute:UserWarning"
 )  # torch.compile looks at it itself
-def test_two_compiled_ranks_train_as_one_device_to_rounding_and_exchange_the_same(tmp_path) -> None:
+def test_two_compiled_ranks_train_as_one_device_to_rounding(tmp_path) -> None:
     one(tmp_path / "one", epochs=1)
     result = two(tmp_path / "two", compile=True, epochs=1)
     assert history(tmp_path / "two")[0] == pytest.approx(
@@ -178,6 +182,7 @@ def test_two_compiled_ranks_train_as_one_device_to_rounding_and_exchange_the_sam
     }
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_replayed_as_cuda_graphs_trains_as_one_that_is_not(tmp_path) -> None:
     for name, graphs in (("plain", False), ("graphs", True)):
@@ -206,9 +211,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert_equal_files(out / "best.pt", finished / "best.pt")
 
 
-def test_two_ranks_continue_what_one_device_began_and_the_other_way_round(
-    finished, tmp_path
-) -> None:
+@pytest.mark.ranks
+def test_one_device_and_two_ranks_continue_each_others_runs(finished, tmp_path) -> None:
     out = tmp_path / "run"
     one(out, max_steps=4)
     two(out, resume=str(out / "last.pt"), max_steps=7)
@@ -216,9 +220,7 @@ def test_two_ranks_continue_what_one_device_began_and_the_other_way_round(
     assert_equal_files(out / "last.pt", finished / "last.pt")
 
 
-def test_a_run_that_is_resumed_into_another_folder_takes_its_best_weights_along(
-    finished, tmp_path
-) -> None:
+def test_a_resume_into_another_folder_takes_the_best_weights_along(finished, tmp_path) -> None:
     one(tmp_path / "first", max_steps=5)
     one(tmp_path / "second", resume=str(tmp_path / "first" / "last.pt"))
     assert_equal_files(tmp_path / "second" / "best.pt", finished / "best.pt")
@@ -271,10 +273,8 @@ def test_a_checkpoint_of_other_data_is_refused(finished) -> None:
         one(finished, resume=str(finished / "last.pt"), limit_train=71)
 
 
-@pytest.mark.parametrize("train", [one, two])
-def test_a_loss_that_explodes_stops_all_ranks_and_keeps_the_weights_from_before(
-    tmp_path, train
-) -> None:
+@pytest.mark.parametrize("train", [one, pytest.param(two, marks=pytest.mark.ranks)])
+def test_an_infinite_loss_stops_all_ranks_and_keeps_the_weights(tmp_path, train) -> None:
     error = RanksFailed if train is two else NonFiniteError
     with pytest.raises(
         error, match=r"step \d+ \(epoch \d\): .* is not finite, so the step was not taken"
@@ -286,6 +286,7 @@ def test_a_loss_that_explodes_stops_all_ranks_and_keeps_the_weights_from_before(
     )
 
 
+@pytest.mark.ranks
 def test_ranks_that_were_given_different_flags_are_told_so(tmp_path) -> None:
     with pytest.raises(
         RanksFailed, match="rank 1 differs from rank 0 in seed: 0 on rank 0, 1 on rank 1"
@@ -322,9 +323,7 @@ def test_a_run_that_was_stopped_within_a_validation_continues_with_it(tmp_path) 
     assert_equal_files(out / "last.pt", whole / "last.pt")
 
 
-def test_a_run_that_saves_every_step_and_keeps_epochs_ends_as_one_that_does_not(
-    finished, tmp_path
-) -> None:
+def test_saving_every_step_and_keeping_epochs_changes_no_result(finished, tmp_path) -> None:
     out = tmp_path / "run"
     one(out, save_every=1, keep_checkpoints=2, max_steps=5)
     one(out, save_every=1, keep_checkpoints=2, resume=str(out / "last.pt"))
@@ -334,9 +333,7 @@ def test_a_run_that_saves_every_step_and_keeps_epochs_ends_as_one_that_does_not(
     assert checkpoint.read(out / "epoch-0002.pt")["loop"]["step"] == 6
 
 
-def test_what_a_kill_between_two_files_left_out_is_made_up_for_at_resume(
-    finished, tmp_path
-) -> None:
+def test_a_resume_makes_the_files_that_a_kill_left_out(finished, tmp_path) -> None:
     out = tmp_path / "run"
     one(out, keep_checkpoints=2, epochs=1)
     for name in ("best.pt", "epoch-0001.pt"):
@@ -369,6 +366,7 @@ def train_in_a_folder_of_its_own(rank: int, folder: str, config: Config) -> dict
     return run(config)
 
 
+@pytest.mark.ranks
 def test_ranks_that_do_not_share_the_folder_test_the_best_weights(finished, tmp_path) -> None:
     config = SMALL.with_fields(out="run")
     results = run_ranks(train_in_a_folder_of_its_own, 2, str(tmp_path), config, timeout=120)
@@ -378,6 +376,7 @@ def test_ranks_that_do_not_share_the_folder_test_the_best_weights(finished, tmp_
     assert not (tmp_path / "node1" / "run").exists()
 
 
+@pytest.mark.ranks
 def test_each_rank_is_introduced_with_its_columns_and_its_batch(tmp_path, capfd) -> None:
     config = SMALL.with_fields(epochs=0)
     one(tmp_path / "one", config)

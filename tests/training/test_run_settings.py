@@ -1,4 +1,4 @@
-"""Each setting of a run reaches the part that it is meant for, and each part survives a stop and a resume."""
+"""Each setting of a run reaches its part, and each part survives a stop and a resume."""
 
 import dataclasses
 import json
@@ -135,6 +135,7 @@ def uninterrupted(tmp_path_factory) -> list[dict]:
     return on_four_ranks(QUICK, epochs=2, out=str(out))
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("save_every", [0, 1])
 def test_two_copies_stopped_within_an_epoch_keep_its_sums(
     uninterrupted, tmp_path, save_every: int

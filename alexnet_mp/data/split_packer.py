@@ -1,0 +1,242 @@
+"""Packs the images of one split into a store, on all cores; a kill at any moment costs no more than a shard.
+
+A shard is decoded, written and synced; then its manifest, which has the checksum and what the header will need of it. On resume,
+shards whose manifest and checksum match are reused. A store is a function of the files alone, so an interrupted one ends with
+the same bytes as any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_mp.config.files import OUT_OF_SPACE, remove_leftovers, write_atomically
+from alexnet_mp.config.progress import progress
+from alexnet_mp.data import store_format, store_writer
+from alexnet_mp.data.decode import SIDE
+from alexnet_mp.data.decode_pool import Packing, decoded, quiet_decoding
+from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.statistics import Sums
+from alexnet_mp.data.store import Store
+from alexnet_mp.data.store_format import open_array, shard_name
+from alexnet_mp.data.store_writer import EncodedImage, StoreIndex
+
+SHOWN = 3
+"""Unreadable files that one message names."""
+MOST_BAD = 20
+"""Unreadable files after which packing stops to look for more."""
+
+
+def pack_split(listing: Listing, path: Path, packing: Packing, with_sums: bool) -> dict[str, Any]:
+    """Makes `listing` the store `path`, or finishes it, and returns its header.
+
+    `with_sums`: the store also gets the sums from which statistics are made. ValueError naming the files that cannot be read,
+    after all others are packed, and where the disk is full.
+    """
+    try:
+        with quiet_decoding():
+            return _SplitPacker(listing, path, packing, with_sums).pack()
+    except OSError as error:
+        if error.errno in OUT_OF_SPACE | {errno.EFBIG}:
+            raise ValueError(
+                f"{path}: no room left for the store ({error.strerror}); make some and repeat the command, "
+                "finished shards are kept"
+            ) from None
+        raise
+
+
+def packed_files(path: Path) -> str | None:
+    """`Listing.digest` of the files in the finished store `path`; None if it is no store."""
+    with contextlib.suppress(ValueError):
+        files: str | None = store_format.read_header(path).get("files")
+        return files
+    return None
+
+
+class _SplitPacker:
+    """One split on its way into the store `path`."""
+
+    def __init__(self, listing: Listing, path: Path, packing: Packing, with_sums: bool) -> None:
+        self.listing, self.path, self.packing, self.with_sums = listing, path, packing, with_sums
+        self.shards = [
+            range(start, min(start + store_format.SHARD, len(listing)))
+            for start in range(0, len(listing), store_format.SHARD)
+        ]
+        kind = f"{packing.encode} {SIDE} {store_format.VERSION}"
+        self.digests = [f"{kind} {listing.digest(rows)}" for rows in self.shards]
+
+    def pack(self) -> dict[str, Any]:
+        if header := self._finished_before():
+            return header
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        bar = progress(
+            total=len(self.listing),
+            description=f"packing {self.listing.folder.name}",
+            unit="images",
+            enabled=self.packing.progress,
+        )
+        with bar:
+            missing = {n: rows for n, rows in enumerate(self.shards) if not self._reusable(n)}
+            # Reused shards are not this run's speed.
+            bar.restart(len(self.listing) - sum(map(len, missing.values())))
+            bad: list[str] = []
+            for number, images, sums in decoded(
+                self.listing, missing, self.packing, self.with_sums, bar
+            ):
+                skipped = self._unreadable(number, images)
+                if not skipped or self.packing.on_error == "skip":
+                    self._write(number, images, skipped, sums)
+                else:
+                    bad += [f"{self.listing.folder / name}: {reason}" for name, reason in skipped]
+                    if len(bad) >= MOST_BAD:
+                        break
+        if bad:
+            raise ValueError(_unreadable_message(bad))
+        return self._finish()
+
+    def _unreadable(
+        self, number: int, images: Sequence[EncodedImage | str]
+    ) -> list[tuple[str, str]]:
+        """The name of each file of a shard that cannot be read, and why."""
+        return [
+            (self.listing.name(row), image)
+            for row, image in zip(self.shards[number], images, strict=True)
+            if isinstance(image, str)
+        ]
+
+    def _manifest_path(self, number: int, suffix: str = ".json") -> Path:
+        return self.path / f".manifest-{number:05d}{suffix}"
+
+    def _write(
+        self,
+        number: int,
+        images: Sequence[EncodedImage | str],
+        skipped: Sequence[tuple[str, str]],
+        sums: Sums | None,
+    ) -> None:
+        """Writes a shard, then its manifest, which is to be believed only if the shard is on the disk."""
+        readable = {
+            row: image
+            for row, image in zip(self.shards[number], images, strict=True)
+            if not isinstance(image, str)
+        }
+        shard = store_writer.write_shard(self.path / shard_name(number), list(readable.values()))
+        manifest = {
+            "digest": self.digests[number],
+            "entry": shard.entry,
+            "kept": list(readable),
+            "order": shard.order.tolist(),
+            "ends": shard.ends.tolist(),
+            "skipped": skipped,
+        }
+        if sums is not None:
+            content = sums.to_bytes()
+            write_atomically(self._manifest_path(number, ".npz"), content)
+            manifest["sums"] = zlib.crc32(content)
+        write_atomically(self._manifest_path(number), json.dumps(manifest))
+
+    def _manifest(self, number: int) -> dict[str, Any]:
+        manifest: dict[str, Any] = json.loads(self._manifest_path(number).read_bytes())
+        return manifest
+
+    def _reusable(self, number: int) -> bool:
+        """Whether a shard is whole, of the same files, and has the bytes that its manifest says."""
+        try:
+            manifest = self._manifest(number)
+            if manifest["digest"] != self.digests[number]:
+                return False
+            if manifest["skipped"] and self.packing.on_error == "stop":
+                return False
+            entry = manifest["entry"]
+            open_array(
+                self.path, shard_name(number), np.uint8, (entry["bytes"],), entry["checksum"]
+            )
+            if not self.with_sums:
+                return True
+            sums = zlib.crc32(self._manifest_path(number, ".npz").read_bytes())
+            return bool(sums == manifest["sums"])
+        except Exception:  # of many kinds for a damaged shard or manifest, which is then made again
+            return False
+
+    def _finish(self) -> dict[str, Any]:
+        """Writes the files of the whole split, the header last, and removes the manifests."""
+        index, names, sums = StoreIndex(), bytearray(), Sums()
+        skipped: list[Sequence[str]] = []
+        for number in range(len(self.shards)):
+            manifest = self._manifest(number)
+            kept, order = (
+                np.array(manifest["kept"], np.int64),
+                np.array(manifest["order"], np.int64),
+            )
+            ends = np.array(manifest["ends"], np.int64) if self.packing.encode == "jpeg" else None
+            index.add(manifest["entry"], order, self.listing.labels[kept], ends)
+            for row in kept[order].tolist():
+                names += b",\n" if names else b""
+                names += json.dumps(self.listing.name(row)).encode()
+            skipped += manifest["skipped"]
+            if self.with_sums:
+                content = self._manifest_path(number, ".npz").read_bytes()
+                sums.merge(Sums.from_bytes(content))
+        files = {"paths.json": b"[\n" + bytes(names) + b"\n]\n"}
+        more: dict[str, Any] = {}
+        if self.with_sums and sums.count:
+            files["sums.npz"] = sums.to_bytes()
+            statistics = sums.statistics(max(sums.counts))
+            more["mean"] = statistics.mean_image.double().mean((1, 2)).tolist()
+            more["covariance"] = statistics.covariance.tolist()
+        for name, content in files.items():
+            write_atomically(self.path / name, content)
+        index.write(
+            self.path,
+            self.listing.classes,
+            {name: zlib.crc32(content) for name, content in files.items()},
+            encode=self.packing.encode,
+            files=self.listing.digest(),
+            digests=self.digests,
+            skipped=skipped,
+            **more,
+        )
+        self._tidy()
+        return store_format.read_header(self.path)
+
+    def _finished_before(self) -> dict[str, Any] | None:
+        """The header of the finished, undamaged store of these files; any other finished one is removed."""
+        if not (self.path / "header.json").exists():
+            return None
+        with contextlib.suppress(ValueError):
+            header = store_format.read_header(self.path)
+            refused = header["skipped"] and self.packing.on_error == "stop"
+            if header.get("digests") == self.digests and not refused:
+                Store.open(self.path, verify=True)
+                self._tidy()
+                return header
+        shutil.rmtree(self.path)
+        return None
+
+    def _tidy(self) -> None:
+        """Removes manifests, temporaries, and shards of a longer list that was begun here before."""
+        remove_leftovers(self.path)
+        own = {shard_name(number) for number in range(len(self.shards))}
+        leftovers: Iterable[Path] = self.path.glob(".manifest-*")
+        others = (shard for shard in self.path.glob("images-*.npy") if shard.name not in own)
+        for file in [*leftovers, *others]:
+            file.unlink()
+
+
+def _unreadable_message(bad: Sequence[str]) -> str:
+    more = ""
+    if len(bad) > SHOWN:
+        more = f" (and {len(bad) - SHOWN} more{' so far' if len(bad) >= MOST_BAD else ''})"
+    return (
+        f"cannot read {'; '.join(bad[:SHOWN])}{more}; replace or delete what is damaged, "
+        "or leave it out with --on-error skip"
+    )

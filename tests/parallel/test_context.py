@@ -1,0 +1,142 @@
+"""A rank's place: how many ranks share a copy, which groups it is in, and how long they wait."""
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+
+from alexnet_mp.config import Config, ModelConfig, RunConfig
+from alexnet_mp.parallel.context import GROUP_TIMEOUT, choose_column_ranks, init_parallel
+from alexnet_mp.parallel.launcher import Environment
+
+
+@pytest.mark.parametrize(
+    ("columns", "ranks", "share"),
+    [
+        (2, 1, 1),
+        (2, 2, 2),
+        (2, 4, 2),
+        (2, 6, 2),
+        (4, 2, 2),
+        (4, 4, 4),
+        (4, 8, 4),
+        (4, 6, 2),
+        (1, 1, 1),
+        (1, 3, 1),
+    ],
+)
+def test_a_copy_takes_the_most_ranks_that_columns_and_world_allow(
+    columns: int, ranks: int, share: int
+) -> None:
+    assert choose_column_ranks(columns, ranks) == share
+
+
+@pytest.mark.parametrize(
+    ("columns", "ranks", "words"),
+    [
+        (2, 3, "1 or a multiple of 2"),
+        (4, 3, "1 or a multiple of 2 or 4"),
+        (2, 5, "1 or a multiple of 2"),
+    ],
+)
+def test_ranks_that_cannot_share_the_columns_are_refused_with_the_sizes_that_work(
+    columns: int, ranks: int, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        choose_column_ranks(columns, ranks)
+
+
+def test_data_parallelism_has_to_be_asked_for() -> None:
+    assert choose_column_ranks(2, 3, asked=1) == 1
+    with pytest.raises(ValueError, match="--column-ranks 3: 2 columns divide among 1, 2 ranks"):
+        choose_column_ranks(2, 3, asked=3)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        choose_column_ranks(2, 3, asked=2)
+
+
+def test_one_rank_holds_all_columns_and_has_no_groups(monkeypatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    context = init_parallel(Config(run=RunConfig(device="cpu", threads=torch.get_num_threads())))
+    assert context.columns == (0, 1) and context.mesh is None and context.heart is None
+    with pytest.raises(RuntimeError, match="one rank has no groups"):
+        _ = context.model_group
+    context.close()
+
+
+def place_of(rank: int, column_ranks: int, timeout: float) -> tuple:
+    """The rank's place, groups and their limits, and whether NCCL would have had its priority."""
+    limits: list[tuple[str, list[int] | None, timedelta]] = []
+    patch = pytest.MonkeyPatch()
+    new_group, init = dist.new_group, dist.init_process_group
+
+    def noted_group(ranks=None, timeout=None, backend=None):
+        limits.append((backend or "same", ranks, timeout))
+        return new_group(ranks, timeout=timeout, backend=backend)
+
+    def noted_init(backend, **options):
+        limits.append((backend, None, options["timeout"]))
+        return init(backend, **options)
+
+    patch.setattr(dist, "new_group", noted_group)
+    patch.setattr(dist, "init_process_group", noted_init)
+    config = Config(
+        model=ModelConfig(columns=4),
+        run=RunConfig(device="cpu", threads=1, column_ranks=column_ranks, timeout=timeout),
+    )
+    context = init_parallel(config)
+    try:
+        return (
+            context.columns,
+            (context.data_rank, context.column_rank),
+            dist.get_process_group_ranks(context.data_group),
+            dist.get_process_group_ranks(context.model_group),
+            limits,
+        )
+    finally:
+        context.close()
+        patch.undo()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("timeout", "limit"), [(45.0, GROUP_TIMEOUT), (700.0, 700.0)])
+def test_groups_of_activations_wait_ten_minutes_and_control_as_long_as_asked(
+    timeout: float, limit: float
+) -> None:
+    long, short = timedelta(seconds=limit), timedelta(seconds=timeout)
+    expected = [
+        ("gloo", None, long),
+        ("same", [0, 2], long),
+        ("same", [1, 3], long),
+        ("same", [0, 1], long),
+        ("same", [2, 3], long),
+        ("gloo", [0, 1, 2, 3], short),
+        ("gloo", [0, 1, 2, 3], timedelta(days=30)),
+    ]
+    for rank, place in enumerate(run(place_of, 4, 2, timeout)):
+        columns, coordinates, data_group, model_group, limits = place
+        assert columns == ((0, 1), (2, 3))[rank % 2]
+        assert coordinates == (rank // 2, rank % 2)
+        assert data_group == [rank % 2, rank % 2 + 2]
+        assert model_group == [rank - rank % 2, rank - rank % 2 + 1]
+        assert limits == expected  # in one order on every rank
+
+
+def place_without_local_rank(rank: int) -> tuple[Environment, int]:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    context = init_parallel(Config(run=RunConfig(device="cpu", threads=1)))
+    try:
+        return context.environment, context.threads
+    finally:
+        context.close()
+
+
+@pytest.mark.ranks
+def test_ranks_without_local_rank_number_themselves_by_host() -> None:
+    for rank, (environment, _) in enumerate(run(place_without_local_rank, 2)):
+        assert environment.knows_host
+        assert (environment.local_rank, environment.local_world_size) == (rank, 2)
