@@ -45,6 +45,12 @@ def test_an_image_size_that_is_too_small_is_refused() -> None:
     assert AlexNet(tiny(image_size=67))(images(1)).shape == (1, 5)
 
 
+def test_padding_of_each_side_is_added_to_its_own_axis() -> None:
+    config = tiny(conv1_padding=(1, 3, 10, 14))  # left, right, top, bottom
+    assert config.map_sizes()["conv1"] == (21, 16)  # height, width: (67 + 24 - 11) // 4 + 1, ...
+    assert AlexNet(config).eval()(images(1)).shape == (1, 5)
+
+
 @pytest.mark.parametrize(
     "size, maps",
     [
