@@ -17,15 +17,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZE, BETA, POOL = 5, 0.75, 3  # written into the kernels
 
 
+def usable(device: str) -> bool:
+    """Whether the kernels run on `device` ("cpu", "cuda", ...)."""
+    return device in DEVICE_TYPES and not unavailable_reason(device)
+
+
 def supports(x: Tensor, size: int, beta: float) -> bool:
     """Whether the kernels compute the norm of `x` (N, C, H, W) over `size` maps or pixels."""
     return (
-        x.device.type in DEVICE_TYPES
-        and x.dtype in DTYPES
+        x.dtype in DTYPES
         and x.ndim == 4
         and size == SIZE
         and beta == BETA
-        and not unavailable_reason(x.device.type)
+        and usable(x.device.type)
     )
 
 

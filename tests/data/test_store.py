@@ -190,7 +190,7 @@ def test_saving_over_something_is_refused(tmp_path: Path) -> None:
         random_store().save(tmp_path / "store")
 
 
-def test_the_validation_split_has_its_share_of_every_class_and_nothing_of_the_rest() -> None:
+def test_the_validation_split_has_its_rounded_share_of_every_class() -> None:
     labels = np.repeat([0, 1, 2], [100, 46, 7])
     store = Store([np.arange(153, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 1)], labels, "abc")
     rest, share = datasets.hold_out(store, 0.1, seed=3)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from alexnet_mp import AlexNet, ModelConfig
+from alexnet_mp.config import DataConfig
+from alexnet_mp.data import Augment, Statistics
 from alexnet_mp.ops import cpu_kernels, cuda_kernels, triton_kernels
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.ops.response_norm import LocalResponseNorm, MapNorm, slow_norm
@@ -124,3 +126,19 @@ def test_the_kernels_are_in_use_on_cuda() -> None:
     wanted = LocalResponseNorm()(x.double(), relu=True, pool=(3, 2))
     found = LocalResponseNorm()(x, relu=True, pool=(3, 2))
     torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=1e-3)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mean", ["image-aligned", "image-center", "half"])
+def test_a_batch_cropped_by_the_kernel_equals_the_cpus(mean: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (5, 3, 20, 20), generator=generator, dtype=torch.uint8)
+    statistics = Statistics(torch.rand(3, 20, 20, generator=generator) * 255, torch.eye(3).double())
+    config = DataConfig(
+        stored_side=20, crop_of=16, mean=mean, color_noise=0.1, color_divides=True, images_per_crop=2
+    )  # fmt: skip
+    augment = Augment(config, 16, statistics)
+    params = augment.draw(0, 0, 0, 5)
+    found = augment._by_kernel(images, params)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, augment.train(images, params), rtol=1e-6, atol=1e-5)
