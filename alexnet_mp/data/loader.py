@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.epoch_order import ReadAhead, block_order, full_order
-from alexnet_mp.data.shard_arrays import JpegShelf
+from alexnet_mp.data.shard_arrays import JpegArray
 from alexnet_mp.data.store import ForEachRow, Store
 from alexnet_mp.data.transforms import Augment
 
@@ -76,7 +76,7 @@ class Loader:
         self.store, self.augment, self.batch_size = store, augment, batch_size
         self.seed, self.training, self.raw = seed, train, raw
         self.data_rank, self.data_ranks, self.device = data_rank, data_ranks, torch.device(device)
-        decodes = any(isinstance(shelf, JpegShelf) for shelf in store.shelves)
+        decodes = any(isinstance(array, JpegArray) for array in store.arrays)
         self.workers = workers or (torch.get_num_threads() if decodes else 1)
         self.buffers = Buffers()
         self.epoch = self.skip = 0

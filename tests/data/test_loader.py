@@ -233,7 +233,7 @@ def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is
 ) -> None:
     config = Config().with_fields(image_size=67, batch_size=16)
     once = build_loaders(config, splits_of(side=28))[0]
-    monkeypatch.setattr("alexnet_mp.data.store.FITS", 0)
+    monkeypatch.setattr("alexnet_mp.data.store.IN_MEMORY", 0)
     each = build_loaders(config, splits_of(side=28))[0]
     assert once.store.sides == (76,) and each.store.sides == (28,)
     assert all(torch.equal(a.images, b.images) for a, b in zip(once, each, strict=True))
