@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     )
     from alexnet_mp.data import Splits, build_loaders, load
     from alexnet_mp.inference.load_network import load_network
-    from alexnet_mp.model.alexnet import AlexNet, LocalLink
+    from alexnet_mp.model.alexnet import AlexNet
+    from alexnet_mp.model.cross_column import LocalLink
     from alexnet_mp.model.four_layer import build_network
     from alexnet_mp.model.numpy_init import describe_layers, initialize_biases, initialize_weights
     from alexnet_mp.ops.response_norm import LocalResponseNorm
@@ -49,7 +50,8 @@ _MODULES = {
     ),
     "data": ("Splits", "build_loaders", "load"),
     "inference.load_network": ("load_network",),
-    "model.alexnet": ("AlexNet", "LocalLink"),
+    "model.alexnet": ("AlexNet",),
+    "model.cross_column": ("LocalLink",),
     "model.four_layer": ("build_network",),
     "model.numpy_init": ("describe_layers", "initialize_biases", "initialize_weights"),
     "ops.response_norm": ("LocalResponseNorm",),

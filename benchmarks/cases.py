@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alexnet_mp import AlexNet, preset
 from alexnet_mp.config import Config, ModelConfig
-from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.ops.compile import compile_network
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.ops.precision import autocast
@@ -133,7 +133,7 @@ class Worker:
         )
         self.device = self.context.device
         if row.keeps and self.device.type == "cpu":
-            cpu_kernels.keep_freed_memory()
+            keep_freed_memory()
         torch.manual_seed(0)
 
     def prepare(self, case: Case, memory_format: str) -> None:
@@ -165,7 +165,7 @@ class Worker:
         if self.name == "plain":
             return PlainTranscription(case.model("plain")).to(self.device)
         if self.name == "half":
-            return AlexNet(case.model("half")).to(self.device)
+            return AlexNet(case.model("half"), seed=0).to(self.device)
         return self.context.build_model(case.model(self.name), seed=0)
 
     def _optimizer(self) -> torch.optim.Optimizer:

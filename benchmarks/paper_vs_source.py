@@ -31,7 +31,7 @@ from alexnet_mp import Config, Trainer, build_network, preset
 from alexnet_mp.cli import parser
 from alexnet_mp.cli.process import printing_json, run_main
 from alexnet_mp.data import Splits, Store, build_loaders, load
-from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.parallel.devices import choose_device, set_threads
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.plotting.curves import moving_average
@@ -260,7 +260,7 @@ def trained(request: ReadingsRequest) -> Iterator[dict[str, Any]]:
     device = choose_device(request.device, Environment())
     set_threads(request.threads, Environment(), device)
     if device.type == "cpu":
-        cpu_kernels.keep_freed_memory()
+        keep_freed_memory()
     configs = variants(request)
     first = configs["paper"]
     side = first.data.resized_side(request.image_size)

@@ -214,7 +214,7 @@ class Config:
     """One complete configuration: `dataclasses.replace` or `with_fields` makes variants of it."""
 
     preset: str = "demo"
-    """The named configuration that the other flags change: demo, paper, original, original-half, original-isolated, tutorial, four-layers."""
+    """The named configuration that the other flags change: demo, paper, original, original-half, original-isolated, tutorial, four-layers, caffe."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)

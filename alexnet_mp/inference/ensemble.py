@@ -15,7 +15,7 @@ from alexnet_mp.config.arguments import Networks
 from alexnet_mp.data import Augment, Loader, Store
 from alexnet_mp.inference.load_network import TrainedNetwork, class_difference, read_network
 from alexnet_mp.model.alexnet import AlexNet
-from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.ops.precision import autocast
 from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.parallel.meter import EVALUATION
@@ -108,7 +108,7 @@ class EnsembleRunner:
         self.context = init_parallel(self.config)
         self.precision = self.config.run.precision
         if self.context.device.type == "cpu":
-            cpu_kernels.keep_freed_memory()
+            keep_freed_memory()
         augments = [member.augment(self.context.device) for member in self.members]
         self.augment = augments[0]
         self.model = EnsembleModel(

@@ -1,4 +1,5 @@
 """The network. Start with `alexnet.py`, which reads as figure 2 of the paper.
 
-Imports config and ops, and never torch.distributed: how a column reaches its peers is the link's business.
+It may import config and ops, and never torch.distributed: how a column reaches its peers is the
+link's business.
 """

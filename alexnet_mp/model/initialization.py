@@ -3,51 +3,58 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor, nn
 
+from alexnet_mp.config import ModelConfig
 from alexnet_mp.config.seeds import combine
-
-if TYPE_CHECKING:
-    from alexnet_mp.model.alexnet import AlexNet
+from alexnet_mp.model.cross_column import Crossing
 
 
 @torch.no_grad()
-def initialize_parameters(model: AlexNet, seed: int) -> None:
-    """Draws all weights (paper, section 5): N(0, standard deviation), constant biases, as `initial_weights` and `_biases` say.
+def initialize_parameters(config: ModelConfig, columns: Mapping[int, nn.Module], seed: int) -> None:
+    """Draws all weights of these columns: N(0, standard deviation), constant biases (P 5).
 
-    Each column has its own generator and draws in float32 the whole tensors of the state dict, layer by layer, so two
-    ranks start exactly as one device does, and the columns start different from each other.
+    `config.initial_weights` and `initial_biases` say which. Each column has its own generator and
+    draws in float32 the whole tensors of the state dict, layer by layer, so two ranks start exactly
+    as one device does, and the columns start different from each other. Columns on the meta device
+    have nothing to be drawn.
     """
-    config = model.config
-    for column in model.columns.values():
-        generator = torch.Generator().manual_seed(combine(seed, "column", column.index))
+    for index, column in columns.items():
+        if any(parameter.is_meta for parameter in column.parameters()):
+            continue
+        generator = torch.Generator("cpu").manual_seed(combine(seed, "column", index))
         values = {}
         for name, weight_rule, bias_rule in zip(
             config.layers, config.initial_weights, config.initial_biases, strict=True
         ):
             layer = getattr(column, name)
-            weight = torch.empty(layer.state_dict()["weight"].shape)
+            shape = layer.weight_shape if isinstance(layer, Crossing) else layer.weight.shape
+            weight = torch.empty(shape, dtype=torch.float32, device="cpu")
             fan_in = weight[0].numel() * (config.columns if name == "fc8" else 1)
-            if (
-                weight_rule == "torch"
-            ):  # torch.nn.Linear and Conv2d: uniform within 1 / sqrt(fan-in)
-                weight.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
-            else:
-                weight.normal_(
-                    0,
-                    math.sqrt(2 / fan_in) if weight_rule == "he" else weight_rule,
-                    generator=generator,
-                )
+            _draw(
+                weight,
+                math.sqrt(2 / fan_in) if weight_rule == "he" else weight_rule,
+                fan_in,
+                generator,
+            )
             values[f"{name}.weight"] = weight
             if layer.bias is not None:
-                bias = torch.empty_like(layer.bias, dtype=torch.float32)
+                bias = torch.empty(layer.bias.shape, dtype=torch.float32, device="cpu")
                 if bias_rule == "torch":
-                    bias.uniform_(
-                        -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator
-                    )
+                    _draw(bias, "torch", fan_in, generator)
                 else:
                     bias.fill_(bias_rule)
                 values[f"{name}.bias"] = bias
         column.load_state_dict(values)
+
+
+def _draw(x: Tensor, rule: float | str, fan_in: int, generator: torch.Generator) -> None:
+    """Normal with the standard deviation `rule`; "torch": uniform, as torch's own layers start."""
+    if isinstance(rule, str):
+        bound = 1 / math.sqrt(fan_in)
+        x.uniform_(-bound, bound, generator=generator)
+    else:
+        x.normal_(0, rule, generator=generator)

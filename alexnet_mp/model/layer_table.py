@@ -2,76 +2,93 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from alexnet_mp.config import ModelConfig
 
+HEADINGS = {
+    "layer": "layer",
+    "column": "column",
+    "kernels": "kernels",
+    "output": "output",
+    "parameters": "parameters",
+    "multiply_adds": "multiply-adds",
+    "reads": "reads",
+    "sends": "sends",
+}
+NUMBERS = ("parameters", "multiply_adds", "sends")
 
-def layer_table(config: ModelConfig) -> list[dict]:
-    """One dictionary per layer and column: layer, column, kernels, output (shape), parameters, multiply_adds, reads."""
+
+def layer_table(config: ModelConfig) -> list[dict[str, Any]]:
+    """One dictionary per layer and column, in the order of the layers.
+
+    "layer" and "column" name it; "kernels" (words), "output" (shape), "parameters" and
+    "multiply_adds" (for an image) are its sizes; "reads" says whose outputs it multiplies; "sends"
+    is the number of values that its column sends to each other column for an image in the forward
+    pass, 0 where nothing crosses.
+    """
     sizes, windows, rows = config.map_sizes(), config.kernel_sizes, []
-    classes = config.classes or 1000
-    outputs = (*config.kernels, *config.hidden, classes)
+    outputs = (*config.kernels, *config.hidden, config.classes or 1000)
     for column in range(config.columns):
-        own = 3
+        below = 3  # kernels or units of the layer below in this column
         for name, out in zip(config.layers, outputs, strict=True):
-            if name not in windows and name in sizes:  # the first fully connected layer
-                own *= sizes[name][0] * sizes[name][1]
-            # fc8 is split by its inputs: each column has its own share of the sum
-            inputs = own * (config.columns if config.crosses(name) and name != "fc8" else 1)
-            size = windows.get(name, 1)
-            weights = out * inputs * size * size
-            positions = sizes[name][0] * sizes[name][1] if name in windows else 1
-            bias = 0 if name == "fc8" and column else out
+            convolves, crosses = name in windows, config.crosses(name)
+            # Pixels of each map that the layer reads; a convolution's output has as many (but
+            # conv1's, which is read from the image).
+            area = math.prod(sizes.get(name, (1, 1)))
+            # fc8 is split by its inputs: each column multiplies its own; the products are summed.
+            reads_all = crosses and name != "fc8"
+            inputs = below * (config.columns if reads_all else 1)
+            weights = out * inputs * (windows[name] ** 2 if convolves else area)
             rows.append(
                 {
                     "layer": name,
                     "column": column,
-                    "kernels": f"{out}, {size}x{size}" if name in windows else str(out),
-                    "output": (out, *sizes[name]) if name in windows else (out,),
-                    "parameters": weights + bias,
-                    "multiply_adds": weights * positions,
+                    "kernels": f"{out}, {windows[name]}x{windows[name]}" if convolves else str(out),
+                    "output": (out, *sizes[name]) if convolves else (out,),
+                    "parameters": weights + (0 if name == "fc8" and column else out),
+                    "multiply_adds": weights * (area if convolves else 1),
                     "reads": "the image"
                     if name == "conv1"
                     else "all columns"
-                    if config.crosses(name)
+                    if reads_all
                     else "its own column",
+                    "sends": 0 if not crosses else below * area if reads_all else out,
                 }
             )
-            own = out
+            below = out
     return sorted(rows, key=lambda row: config.layers.index(row["layer"]))
 
 
 def summary(config: ModelConfig) -> str:
-    """The layers of `config` as a table for people, with totals."""
+    """The layers of `config` as a table for people, with totals.
+
+    "sends" counts the values that the layer's column sends to each other column for an image; below
+    fc8 these are its share of the logits, which are summed.
+    """
     rows = layer_table(config)
-    head = ("layer", "column", "kernels", "output", "parameters", "multiply-adds", "reads")
+    totals = dict.fromkeys(HEADINGS, "") | {
+        "layer": "total",
+        **{name: f"{sum(row[name] for row in rows):,}" for name in NUMBERS},
+    }
     cells = [
-        (
-            row["layer"],
-            str(row["column"]),
-            row["kernels"],
-            " x ".join(map(str, row["output"])),
-            f"{row['parameters']:,}",
-            f"{row['multiply_adds']:,}",
-            row["reads"],
-        )
+        {name: _words(value) for name, value in row.items()}
+        | {name: f"{row[name]:,}" for name in NUMBERS}
         for row in rows
     ]
-    total = (
-        "total",
-        "",
-        "",
-        "",
-        f"{sum(r['parameters'] for r in rows):,}",
-        f"{sum(r['multiply_adds'] for r in rows):,}",
-        "",
-    )
-    widths = [max(len(row[i]) for row in (head, *cells, total)) for i in range(len(head))]
+    lines = [HEADINGS, *cells, totals]
+    widths = {name: max(len(line[name]) for line in lines) for name in HEADINGS}
 
-    def line(row: tuple[str, ...]) -> str:
+    def line(row: dict[str, str]) -> str:
         return "  ".join(
-            c.rjust(w) if 4 <= i <= 5 else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            row[name].rjust(width) if name in NUMBERS else row[name].ljust(width)
+            for name, width in widths.items()
         ).rstrip()
 
-    rule = "  ".join("-" * w for w in widths)
-    return "\n".join([line(head), rule, *map(line, cells), rule, line(total)])
+    rule = "  ".join("-" * width for width in widths.values())
+    return "\n".join([line(HEADINGS), rule, *map(line, cells), rule, line(totals)])
+
+
+def _words(value: object) -> str:
+    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,94 +1,55 @@
-"""csrc/response_norm.cpp and csrc/crop.cpp, compiled on first use by the machine's own C++ compiler; without one, response_norm.py does the same with torch's operations
-and data/transforms.py with NumPy's.
+"""What the compiled library does on a CPU: response normalization, the crop of an image, its sums.
 
-A norm is some thirty operations on each value. As tensors every one of them goes through memory, whose fresh pages alone cost more than
-all the arithmetic; compiled, ReLU, norm and pooling together take about as long as ReLU and pooling do. An image's crop likewise.
+A norm is some thirty operations on each value. As tensors every one of them goes through memory,
+whose fresh pages alone cost more than all the arithmetic; compiled, ReLU, norm and pooling together
+take about as long as ReLU and pooling do. An image's crop likewise.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import itertools
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-SOURCES = tuple(
-    Path(__file__).with_name("csrc") / name for name in ("response_norm.cpp", "crop.cpp")
-)
-SIZE, BETA, POOL = 5, 0.75, 3  # what is written into the loops
+from alexnet_mp.ops.cpu_library import library
+from alexnet_mp.ops.cpu_library import unavailable_reason as unavailable_reason
+
+SIZE, BETA, POOL = 5, 0.75, 3  # what is written into the loops of csrc/response_norm.cpp
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-# No contraction and no relaxed arithmetic: a value comes out the same in a vector and behind the last one. Only errno and traps are given up.
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-shared",
-    "-fPIC",
-]
 
 
-class Unavailable(Exception):
-    """There is no compiled norm; the message says why."""
+class NormSettings(ctypes.Structure):
+    """The structure of this name in csrc/response_norm.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "maps", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("channels_last", "relu", "pool_stride")),
+        *((name, ctypes.c_double) for name in ("k", "alpha")),
+    ]
 
 
-def unavailable_reason() -> str:
-    """Why there is no compiled norm on this machine; empty where there is one."""
-    found = _library()
-    return "" if isinstance(found, ctypes.CDLL) else found
+class CropSettings(ctypes.Structure):
+    """The structure of this name in csrc/crop.cpp."""
 
-
-def forward(
-    z: Tensor, k: float, alpha: float, relu: bool, stride: int
-) -> tuple[Tensor, Tensor | None]:
-    """The norm of z (N, C, ...), dense and on the CPU, after a ReLU if `relu`; pooled 3x3 every `stride` pixels if that is not 0.
-
-    Returns also where each maximum was, uint8, if pooled, which needs channels-last. See `supports`.
-    """
-    if not stride:
-        result, where = torch.empty_like(z), None
-    else:
-        height, width = ((n - POOL) // stride + 1 for n in z.shape[2:])
-        result, where = (
-            torch.empty(*z.shape[:2], height, width, dtype=dtype, memory_format=torch.channels_last)
-            for dtype in (z.dtype, torch.uint8)
-        )
-    _call("forward", z, k, alpha, relu, stride, [z, result, where])
-    return result, where
-
-
-def backward(
-    z: Tensor,
-    gradient: Tensor,
-    where: Tensor | None,
-    k: float,
-    alpha: float,
-    relu: bool,
-    stride: int,
-) -> Tensor:
-    """The gradient for z from that for the result, laid out as the result was."""
-    dz = torch.empty_like(z)
-    _call("backward", z, k, alpha, relu, stride, [z, gradient, where, dz])
-    return dz
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("size", "channel_step", "row_step", "pixel_step")),
+        *((name, ctypes.c_int64) for name in ("flip", "mean_channel_step", "mean_row_step")),
+        ("mean_flip", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("constant", "divisor", "scale")),
+    ]
 
 
 def supports(z: Tensor, size: int, beta: float) -> bool:
-    """Whether `forward` can do it."""
+    """Whether `forward` can compute a norm of `size` maps and exponent `beta` of z."""
     return (
         z.device.type == "cpu"
         and z.dtype in DTYPES
@@ -100,100 +61,121 @@ def supports(z: Tensor, size: int, beta: float) -> bool:
     )
 
 
-class Mean(NamedTuple):
-    """What is subtracted from a crop: float32 (3, s, s), contiguous, from this place on, mirrored with the crop or not."""
+def forward(
+    z: Tensor, k: float, alpha: float, relu: bool, pool_stride: int
+) -> tuple[Tensor, Tensor | None]:
+    """The norm of z (N, C, ...), dense and on the CPU, after a ReLU if `relu`; see `supports`.
 
-    values: np.ndarray
+    If `pool_stride` is not 0, the result is max-pooled 3x3 at that stride, and comes with the place
+    of each maximum in its window, uint8. z must then be channels-last.
+    """
+    if not pool_stride:
+        result, where = torch.empty_like(z), None
+    else:
+        height, width = ((n - POOL) // pool_stride + 1 for n in z.shape[2:])
+        result, where = (
+            torch.empty(*z.shape[:2], height, width, dtype=dtype, memory_format=torch.channels_last)
+            for dtype in (z.dtype, torch.uint8)
+        )
+    _call("forward", [z, result, where], k, alpha, relu, pool_stride)
+    return result, where
+
+
+def backward(
+    z: Tensor,
+    gradient: Tensor,
+    where: Tensor | None,
+    k: float,
+    alpha: float,
+    relu: bool,
+    pool_stride: int,
+) -> Tensor:
+    """The gradient for z from that for the result, which is laid out as the result was."""
+    dz = torch.empty_like(z)
+    _call("backward", [z, gradient, where, dz], k, alpha, relu, pool_stride)
+    return dz
+
+
+class Mean(NamedTuple):
+    """What is subtracted from a crop: `values`, float32 (3, s, s), contiguous, from (top, left) on.
+
+    It is mirrored if `flip`.
+    """
+
+    values: NDArray[np.float32]
     top: int
     left: int
     flip: bool
 
 
 def crop(
-    image: np.ndarray,
+    image: NDArray[np.uint8],
     top: int,
     left: int,
     flip: bool,
     mean: Mean | None,
     constant: float,
-    color: np.ndarray | None,
+    color: NDArray[np.float32] | None,
     divisor: float,
     scale: float,
-    out: np.ndarray,
+    out: NDArray[np.float32],
 ) -> None:
-    """out (3, size, size), float32 = ((crop of image - mean - constant) + color) / divisor / scale, for one uint8 image (3, side, side).
+    """out = ((crop of image - mean - constant) + color) / divisor / scale.
 
-    `color`: float32 (3,), contiguous. None, 0 and 1 leave their step out. Call it only where nothing is `unavailable_reason`.
+    `image` is uint8 (3, side, side), `out` float32 (3, size, size), `color` float32 (3,), dense.
+    None, 0 and 1 leave their step out. ValueError for a crop that is not inside the image;
+    Unavailable where `unavailable_reason` has one.
     """
     size, (_, row, pixel) = out.shape[-1], image.strides
-    if not (
-        0 <= top <= image.shape[1] - size and 0 <= left <= image.shape[2] - size
-    ):  # C would read what lies beside it
-        raise ValueError(
-            f"a crop of {size} pixels at ({top}, {left}) is not inside an image of {image.shape[1]} x {image.shape[2]}"
+    if not (0 <= top <= image.shape[1] - size and 0 <= left <= image.shape[2] - size):
+        raise ValueError(  # C would read what lies beside the image
+            f"a crop of {size} pixels at ({top}, {left}) is not inside an image of "
+            f"{image.shape[1]} x {image.shape[2]}"
         )
     first, mean_steps = None, (0, 0)
     if mean is not None:
         mean_steps = mean.values.strides[0] // 4, mean.values.strides[1] // 4
         first = mean.values.ctypes.data + 4 * (mean.top * mean_steps[1] + mean.left)
-    _library().crop(
-        (ctypes.c_long * 8)(
-            size, *image.strides, flip, *mean_steps, mean is not None and mean.flip
-        ),
+    mean_flip = mean is not None and mean.flip
+    settings = CropSettings(
+        size, *image.strides, flip, *mean_steps, mean_flip, constant, divisor, scale
+    )
+    _function("crop")(
+        ctypes.byref(settings),
         ctypes.c_void_p(image.ctypes.data + top * row + left * pixel),
         ctypes.c_void_p(first),
-        ctypes.c_float(constant),
         ctypes.c_void_p(None if color is None else color.ctypes.data),
-        ctypes.c_float(divisor),
-        ctypes.c_float(scale),
         ctypes.c_void_p(out.ctypes.data),
     )
 
 
-def color_products(image: np.ndarray) -> np.ndarray:
-    """float64 (3, 3), whole numbers: for each two colors of `image`, uint8 (3, side, side), contiguous, the sum of their products over the pixels.
+def color_products(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """For each two colors the sum of their products over the pixels: float64 (3, 3), whole numbers.
 
-    Call it only where nothing is `unavailable_reason`.
+    `image` is uint8 (3, side, side), contiguous. Unavailable where `unavailable_reason` has one.
     """
     products = np.empty((3, 3))
-    _library().color_products(
+    _function("color_products")(
         ctypes.c_void_p(image.ctypes.data),
-        ctypes.c_long(image[0].size),
+        ctypes.c_int64(image[0].size),
         ctypes.c_void_p(products.ctypes.data),
     )
     return products
 
 
-def keep_freed_memory() -> bool:
-    """Makes glibc keep what this process frees for its next step; whether it does.
-
-    Otherwise it gives large blocks back at once, and the system clears their pages when the next step asks again: a tenth of a step's
-    time on a CPU. The process stays as large as it was at its largest. Other allocators, and one that the environment tunes, are left alone.
-    """
-    if (
-        any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
-        or platform.libc_ver()[0] != "glibc"
-    ):
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_THRESHOLD, 2**30)) & bool(
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    )  # refused by old ones, which cost time only
-
-
 def as_dense(x: Tensor) -> Tensor:
     """`x`, or a copy of it, in the default format or channels-last."""
-    return x if x.is_contiguous() or is_last(x) else x.contiguous()
+    return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
 
 def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     """`x`, or a copy of it, in the format of `other`, which is dense."""
     return x.contiguous(
-        memory_format=torch.channels_last if is_last(other) else torch.contiguous_format
+        memory_format=torch.channels_last if is_channels_last(other) else torch.contiguous_format
     )
 
 
-def is_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether `x` is dense with its maps last, and not just as well in the default format."""
     return (
         x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -201,32 +183,29 @@ def is_last(x: Tensor) -> bool:
 
 
 def _call(
-    name: str,
-    z: Tensor,
-    k: float,
-    alpha: float,
-    relu: bool,
-    stride: int,
-    tensors: list[Tensor | None],
+    name: str, tensors: list[Tensor | None], k: float, alpha: float, relu: bool, pool_stride: int
 ) -> None:
-    """Images are divided among torch's number of threads; ctypes lets go of the interpreter meanwhile."""
-    function = getattr(_library(), f"{name}_{str(z.dtype).removeprefix('torch.')}")
+    """Calls a function on tensors of as many images, the first of them z, divided among threads.
+
+    There are as many threads as torch has; ctypes lets go of the interpreter meanwhile.
+    """
+    z = tensors[0]
+    assert z is not None
+    function = _function(f"{name}_{str(z.dtype).removeprefix('torch.')}")
     images, maps = z.shape[:2]
     height, width = z.shape[2:] if z.ndim == 4 else (1, z[0, 0].numel())
     threads = min(torch.get_num_threads(), images)
     bounds = [images * i // threads for i in range(threads + 1)]
 
     def work(first: int, last: int) -> None:
-        shape = (ctypes.c_long * 8)(
-            last - first, maps, height, width, is_last(z), relu, bool(stride), stride
+        settings = NormSettings(
+            last - first, maps, height, width, is_channels_last(z), relu, pool_stride, k, alpha
         )
         pointers = [
-            None
-            if x is None
-            else ctypes.c_void_p(x.data_ptr() + first * x.stride(0) * x.element_size())
+            None if x is None else x.data_ptr() + first * x.stride(0) * x.element_size()
             for x in tensors
         ]
-        function(shape, ctypes.c_double(k), ctypes.c_double(alpha), *pointers)
+        function(ctypes.byref(settings), *map(ctypes.c_void_p, pointers))
 
     if threads == 1:
         work(0, images)
@@ -238,76 +217,24 @@ def _call(
 
 
 @functools.cache
+def _function(name: str) -> Callable[..., Any]:
+    """A function of the library, whose structures are compared with ours first."""
+    found = library()
+    for structure, prefix in ((NormSettings, "norm"), (CropSettings, "crop")):
+        size = getattr(found, f"{prefix}_settings_size")
+        size.restype = ctypes.c_int64
+        if size() != ctypes.sizeof(structure):
+            raise RuntimeError(
+                f"{structure.__name__}: {ctypes.sizeof(structure)} bytes in cpu_kernels.py, "
+                f"{size()} in csrc; both must have the same fields"
+            )
+    return cast(Callable[..., Any], getattr(found, name))
+
+
+@functools.cache
 def _helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="norm")
 
 
-os.register_at_fork(
-    after_in_child=_helpers.cache_clear
-)  # threads do not live on in a forked process
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled norm, or why there is none."""
-    try:
-        return ctypes.CDLL(str(_compiled()))
-    except (Unavailable, OSError) as error:
-        return f"response normalization is not compiled and takes several times as long: {error}"
-
-
-def _compiled() -> Path:
-    """The library's file, made by the first process that needs it; it is beside Python's own compiled files."""
-    compiler = next(
-        filter(
-            None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))
-        ),
-        None,
-    )
-    if compiler is None:
-        raise Unavailable("no C++ compiler (c++, g++, clang++, or what CXX names)")
-    flags = FLAGS + ["-mprefer-vector-width=512"] * (platform.machine() in ("x86_64", "AMD64"))
-    key = hashlib.blake2b(
-        repr(([source.read_bytes() for source in SOURCES], compiler, flags, _processor())).encode(),
-        digest_size=8,
-    ).hexdigest()
-    for folder in (
-        SOURCES[0].parents[1] / "__pycache__",
-        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "alexnet_mp",
-    ):
-        target = folder / f"norm-{key}.so"
-        if target.exists():
-            return target
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch) / target.name
-                done = subprocess.run(
-                    [compiler, *flags, "-o", str(made), *map(str, SOURCES)],
-                    capture_output=True,
-                    text=True,
-                    timeout=300,
-                )
-                if done.returncode:
-                    raise Unavailable(
-                        f"{compiler}: {(done.stderr.strip().splitlines() or ['failed'])[0][:200]}"
-                    )
-                os.replace(made, target)  # whole or not at all: several ranks may be making it
-            return target
-        except subprocess.TimeoutExpired:
-            raise Unavailable(f"{compiler} took more than five minutes") from None
-        except OSError:  # an installation that is not ours to write to: next folder
-            continue
-    raise Unavailable("no folder to put it in can be written to")
-
-
-def _processor() -> str:
-    """What -march=native means here: a home folder may be shared by different machines."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() + platform.machine()
-    lines = cpuinfo.read_text().splitlines()
-    return "\n".join(
-        next((line for line in lines if line.startswith(word)), "")
-        for word in ("model name", "flags", "Features")
-    )
+# Threads do not live on in a forked process.
+os.register_at_fork(after_in_child=_helpers.cache_clear)

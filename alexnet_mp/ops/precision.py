@@ -1,4 +1,4 @@
-"""Reduced precision: autocast for the layers, and a loss scale that keeps fp16 gradients from vanishing."""
+"""Reduced precision: autocast for the layers, and a loss scale for the gradients of fp16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context in which layers compute in `precision` on `device`; weights stay in float32."""
     if precision == "fp32":
         return nullcontext()
@@ -19,9 +19,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 class LossScale:
-    """The factor on the loss in fp16: halved at an overflow, doubled after 2,000 steps without one; 1 in other precisions.
+    """The factor on the loss in fp16; 1 in other precisions.
 
-    torch.amp.GradScaler decides on each rank by that rank's gradients; this one is told the outcome for all ranks.
+    It is halved at an overflow, and doubled after 2,000 steps without one. torch.amp.GradScaler
+    decides on each rank by that rank's gradients; this one is told the norm over all ranks.
     """
 
     GROWTH_INTERVAL = 2000  # torch.amp.GradScaler's own
@@ -31,7 +32,10 @@ class LossScale:
         self.scale, self.good_steps = (2.0**16 if self.active else 1.0), 0
 
     def update(self, squared_norm: float) -> bool:
-        """Learns the squared gradient norm over all ranks; False if this step's gradients overflowed and must be skipped."""
+        """Reads the squared gradient norm over all ranks; False if this step must be skipped.
+
+        That is so where its gradients overflowed.
+        """
         if not self.active:
             return True
         if not math.isfinite(squared_norm):

@@ -1,143 +1,242 @@
-"""Local response normalization as the paper defines it, and overlapping max pooling."""
+"""Response normalization as the paper defines it (P 3.3), and the one that the 2012 source adds.
+
+One formula is computed in three ways. On a CPU, a compiled kernel does ReLU, norm and pooling in
+one pass. Elsewhere torch's operations do it, in a function that keeps nothing but its input. Where
+torch has to see each operation, as in torch.func, the operations stand alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor, fx, nn
 
 from alexnet_mp.ops import compile as compile_ops
 from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops.pooling import overlapping_max_pool
+from alexnet_mp.ops.tracing import apply, needs_plain_operations
 
-CHUNK_BYTES = (
-    512 * 1024
-)  # of one operand on the CPU: a handful of them stay in the cache from one operation to the next
+CHUNK_BYTES = 512 * 1024
+"""Of one operand on the CPU: a handful of them stay in the cache from one operation to the next."""
+
+
+class Norm(NamedTuple):
+    """y = x d^-beta with d = k + alpha * window_sum(x^2, size).
+
+    `window_sum` is linear and its own transpose.
+    """
+
+    window_sum: Callable[[Tensor, int], Tensor]
+    size: int
+    k: float
+    alpha: float
+    beta: float
+
+
+class ResponseNorm(nn.Module):
+    """Base of the two norms, whose windows differ: (N, C, H, W) -> the same.
+
+    ValueError for an even `size`.
+    """
+
+    def __init__(self, size: int, k: float, alpha: float, beta: float) -> None:
+        super().__init__()
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"size {size}: must be odd, the window is centered")
+        self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, k={self.k:g}, alpha={self.alpha:g}, beta={self.beta:g}"
+
+
+class LocalResponseNorm(ResponseNorm):
+    """Local response normalization across kernel maps (P 3.3): (N, C, H, W) -> the same.
+
+    `alpha` multiplies the plain SUM of the squares, as the paper prints it:
+    torch.nn.LocalResponseNorm divides it by `size` first. The window is cut off at the first and
+    the last map, so it never reaches into another column.
+    """
+
+    def __init__(
+        self, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75
+    ) -> None:
+        super().__init__(size, k, alpha, beta)
+
+    def forward(
+        self, x: Tensor, *, relu: bool = False, pool: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The norm of `x`, or of its ReLU; max-pooled if `pool`, a pair (size, stride), is given.
+
+        The three are one call because what lies between them is the network's largest tensor.
+        """
+        return relu_lrn_pool(x, self.size, self.k, self.alpha, self.beta, relu, pool)
+
+
+class MapNorm(ResponseNorm):
+    """The second norm of layer 2 in the 2012 source, which the paper does not have.
+
+    Its window is size x size pixels of the same map, with zeros beyond the edge.
+    (N, C, H, W) -> the same.
+    """
+
+    def __init__(
+        self, size: int = 5, k: float = 1.0, alpha: float = 4e-5, beta: float = 0.75
+    ) -> None:
+        super().__init__(size, k, alpha, beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return map_norm(x, self.size, self.k, self.alpha, self.beta)
+
+
+def relu_lrn_pool(
+    x: Tensor,
+    size: int,
+    k: float,
+    alpha: float,
+    beta: float,
+    relu: bool = False,
+    pool: tuple[int, int] | None = None,
+) -> Tensor:
+    """See LocalResponseNorm.forward."""
+    if not needs_plain_operations(x) and cpu_kernels.supports(x, size, beta):
+        x = cpu_kernels.as_dense(x)
+        if pool and pool[0] == cpu_kernels.POOL and cpu_kernels.is_channels_last(x):
+            return apply(_FusedKernel, x, k, alpha, relu, pool[1])
+        x = apply(_FusedKernel, x, k, alpha, relu, 0)
+    else:
+        x = _by_operations(F.relu(x) if relu else x, Norm(sum_over_neighbors, size, k, alpha, beta))
+    return overlapping_max_pool(x, *pool) if pool else x
+
+
+def map_norm(x: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
+    """See MapNorm."""
+    return _by_operations(x, Norm(sum_over_pixels, size, k, alpha, beta))
+
+
+fx.wrap("relu_lrn_pool")  # torch.fx records a call of these, and does not look inside
+fx.wrap("map_norm")
+
+
+def _by_operations(x: Tensor, norm: Norm) -> Tensor:
+    # torch.compile reads a function and its backward, and so keeps nothing but x as well.
+    if torch.compiler.is_compiling() or not needs_plain_operations(x):
+        return apply(_ResponseNorm, x, norm)
+    return _norm(x, norm)
 
 
 class _ResponseNorm(torch.autograd.Function):
-    """y = x d^-beta with d = k + alpha * window_sum(x^2); `window_sum` is linear and its own transpose.
+    """The norm, by torch's operations.
 
-    backward    dx = g d^-beta - 2 alpha beta x window_sum(g x d^-(beta + 1))
+        backward    dx = g d^-beta - 2 alpha beta x window_sum(g x d^-(beta + 1))
 
-    Only x is kept, which the layer below keeps anyway: d costs less to compute again than to fetch. Half precision is
-    widened to float32 inside, x^2 would overflow in fp16.
+    Only x is kept, which the layer below keeps anyway: d costs less to compute again than to fetch.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.settings = settings
-        return _computed(_norm, settings, x)
+        ctx.norm = norm
+        return _computed(_norm, norm, x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return _computed(_norm_gradient, ctx.settings, x, gradient), *(None for _ in ctx.settings)
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
+            return _norm_gradient(x, gradient, ctx.norm), None
+        return _computed(_norm_gradient, ctx.norm, x, gradient), None
 
 
-def _norm(
-    x: Tensor,
-    window_sum: Callable[[Tensor, int], Tensor],
-    size: int,
-    k: float,
-    alpha: float,
-    beta: float,
-) -> Tensor:
-    wide = _upcast(x)
-    return (wide * _power(_denominator(wide, window_sum, size, k, alpha), beta)).to(x.dtype)
-
-
-def _norm_gradient(
-    x: Tensor,
-    gradient: Tensor,
-    window_sum: Callable[[Tensor, int], Tensor],
-    size: int,
-    k: float,
-    alpha: float,
-    beta: float,
-) -> Tensor:
-    wide = _upcast(x)
-    d = _denominator(wide, window_sum, size, k, alpha)
-    scaled = _upcast(gradient) * _power(d, beta)  # g d^-beta
-    spread = window_sum((scaled * wide).div_(d), size).mul_(wide)
-    return scaled.add_(spread, alpha=-2 * alpha * beta).to(x.dtype)
-
-
-def _computed(
-    function: Callable[..., Tensor], settings: tuple[Any, ...], x: Tensor, *others: Tensor
-) -> Tensor:
-    """`function` of these tensors of one shape: one kernel on CUDA, a cacheful of images at a time on the CPU."""
-    if torch.compiler.is_compiling():
-        return function(x, *others, *settings)
-    if compile_ops.fuses(x.device.type):
-        return compile_ops.compiled(function)(x, *others, *settings)
-    if x.device.type != "cpu":
-        return function(x, *others, *settings)
-    result = torch.empty_like(x)
-    images = max(1, CHUNK_BYTES // (4 * max(x[:1].numel(), 1)))
-    for out, *parts in zip(*(tensor.split(images) for tensor in (result, x, *others)), strict=True):
-        out.copy_(function(*parts, *settings))
-    return result
-
-
-class _AcrossMaps(torch.autograd.Function):
-    """The norm across maps as native.py has it for CPUs, alone or between ReLU and pooling, as one node.
+class _FusedKernel(torch.autograd.Function):
+    """The norm across maps by the kernel in csrc/, alone or between ReLU and pooling, as one node.
 
         forward     z -> x = max(z, 0), if `relu`;  y = norm(x);  max pool of y, if `stride`
         backward    the same way back, x and d computed again
 
-    Only z is kept, and a byte for each maximum that says where it was: y and its gradient are never whole in memory.
+    Only z is kept, and a byte for each maximum that says where it was: y and its gradient are never
+    whole in memory.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, k: float, alpha: float, relu: bool, stride: int) -> Tensor:
-        z = cpu_kernels.as_dense(z)
         ctx.settings = k, alpha, relu, stride
         result, where = cpu_kernels.forward(z, *ctx.settings)
         ctx.save_for_backward(z, where)
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z, where = ctx.saved_tensors
-        memory_format = z if where is None else where
-        return (
-            cpu_kernels.backward(
-                z, cpu_kernels.laid_out_like(gradient, memory_format), where, *ctx.settings
-            ),
-            None,
-            None,
-            None,
-            None,
-        )
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
+            return _differentiable_gradient(z, gradient, *ctx.settings), None, None, None, None
+        gradient = cpu_kernels.laid_out_like(gradient, z if where is None else where)
+        return cpu_kernels.backward(z, gradient, where, *ctx.settings), None, None, None, None
+
+
+def _differentiable_gradient(
+    z: Tensor, gradient: Tensor, k: float, alpha: float, relu: bool, stride: int
+) -> Tensor:
+    """The gradient for z of what _FusedKernel computes, by torch's operations."""
+    norm = Norm(sum_over_neighbors, cpu_kernels.SIZE, k, alpha, cpu_kernels.BETA)
+    y = _norm(F.relu(z) if relu else z, norm)
+    y = overlapping_max_pool(y, cpu_kernels.POOL, stride) if stride else y
+    return torch.autograd.grad(y, z, gradient, create_graph=True)[0]
+
+
+def _computed(function: Callable[..., Tensor], norm: Norm, *tensors: Tensor) -> Tensor:
+    """`function` of tensors of one shape: one kernel on CUDA, some images at a time on the CPU."""
+    x = tensors[0]
+    if torch.compiler.is_compiling():
+        return function(*tensors, norm)
+    if compile_ops.fuses(x.device.type):
+        return compile_ops.call_compiled(function, tensors, norm)
+    if x.device.type != "cpu":
+        return function(*tensors, norm)
+    result = torch.empty_like(x)
+    images = max(1, CHUNK_BYTES // (4 * max(x[:1].numel(), 1)))
+    chunks = (torch.split(tensor, images) for tensor in (result, *tensors))
+    for out, *parts in zip(*chunks, strict=True):
+        out.copy_(function(*parts, norm))
+    return result
+
+
+def _norm(x: Tensor, norm: Norm) -> Tensor:
+    wide = _upcast(x)
+    return (wide * _power(_denominator(wide, norm), norm.beta)).to(x.dtype)
+
+
+def _norm_gradient(x: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
+    wide = _upcast(x)
+    d = _denominator(wide, norm)
+    scaled = _upcast(gradient) * _power(d, norm.beta)  # g d^-beta
+    spread = norm.window_sum((scaled * wide).div_(d), norm.size).mul_(wide)
+    return scaled.add_(spread, alpha=-2 * norm.alpha * norm.beta).to(x.dtype)
 
 
 def _upcast(x: Tensor) -> Tensor:
+    """Half precision as float32: x^2 would overflow in fp16."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _denominator(
-    x: Tensor, window_sum: Callable[[Tensor, int], Tensor], size: int, k: float, alpha: float
-) -> Tensor:
-    return window_sum(x * x, size).mul_(alpha).add_(k)
+def _denominator(x: Tensor, norm: Norm) -> Tensor:
+    return norm.window_sum(x * x, norm.size).mul_(norm.alpha).add_(norm.k)
 
 
 def _power(d: Tensor, beta: float) -> Tensor:
     """d^-beta. 0.75 is two square roots and a division, several times as fast as a power."""
     if beta == 0.75:
         root = d.sqrt()
-        return root.sqrt().mul_(root).reciprocal_()
+        return (root.sqrt() * root).reciprocal_()  # a root's gradient needs it: not overwritten
     return d.pow(-beta)
 
 
 def sum_over_neighbors(x: Tensor, size: int) -> Tensor:
-    """The sum over `size` neighboring kernel maps of (N, C, ...), cut off at the first and the last; the same shape."""
+    """The sum over `size` neighboring kernel maps, cut off at the first and the last.
+
+    (N, C, ...) -> the same.
+    """
     channels, half = x.shape[1], size // 2
     padded = F.pad(x.flatten(2), (0, 0, half, half))  # (N, C + size - 1, pixels)
     if size != 5:
@@ -150,71 +249,18 @@ def sum_over_neighbors(x: Tensor, size: int) -> Tensor:
 
 
 def sum_over_pixels(x: Tensor, size: int) -> Tensor:
-    """The sum over size x size pixels of the same map, zeros beyond its edge; (N, C, H, W) -> the same."""
+    """The sum over size x size pixels of the same map, with zeros beyond its edge.
+
+    (N, C, H, W) -> the same.
+    """
     return F.avg_pool2d(x, size, stride=1, padding=size // 2, divisor_override=1)
 
 
-class LocalResponseNorm(nn.Module):
-    """Local response normalization across kernel maps (paper, section 3.3): (N, C, H, W) -> the same.
-
-    `alpha` multiplies the plain SUM of the squares, as the paper prints it: torch.nn.LocalResponseNorm divides it by
-    `size` first. The window is cut off at the first and last map, so it never reaches into another column.
-    """
-
-    def __init__(
-        self, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75
-    ) -> None:
-        super().__init__()
-        if size < 1 or size % 2 == 0:
-            raise ValueError(f"size {size}: must be odd, the window is centered")
-        self.size, self.k, self.alpha, self.beta = size, k, alpha, beta
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._compiled(x):
-            return _AcrossMaps.apply(x, self.k, self.alpha, False, 0)
-        return _ResponseNorm.apply(x, sum_over_neighbors, self.size, self.k, self.alpha, self.beta)
-
-    def relu_lrn_pool(self, x: Tensor, size: int, stride: int, relu: bool) -> Tensor:
-        """`overlapping_max_pool` of the norm of x (N, C, H, W), or of its ReLU (which may then overwrite x)."""
-        if not self._compiled(x):
-            return overlapping_max_pool(self(F.relu_(x) if relu else x), size, stride)
-        if size == cpu_kernels.POOL and cpu_kernels.is_last(x):
-            return _AcrossMaps.apply(x, self.k, self.alpha, relu, stride)
-        return overlapping_max_pool(_AcrossMaps.apply(x, self.k, self.alpha, relu, 0), size, stride)
-
-    def _compiled(self, x: Tensor) -> bool:
-        return not torch.compiler.is_compiling() and cpu_kernels.supports(x, self.size, self.beta)
-
-    def extra_repr(self) -> str:
-        return f"{self.size} maps, k={self.k:g}, alpha={self.alpha:g}, beta={self.beta:g}"
-
-
-class MapNorm(LocalResponseNorm):
-    """The second norm of layer 2 in the 2012 source: over size x size pixels of the same map, k = 1. Not in the paper."""
-
-    def __init__(
-        self, size: int = 5, k: float = 1.0, alpha: float = 4e-5, beta: float = 0.75
-    ) -> None:
-        super().__init__(size, k, alpha, beta)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _ResponseNorm.apply(x, sum_over_pixels, self.size, self.k, self.alpha, self.beta)
-
-    def extra_repr(self) -> str:
-        return f"{self.size}x{self.size} pixels, k={self.k:g}, alpha={self.alpha:g}, beta={self.beta:g}"
-
-
 def slow_norm(device: str) -> str:
-    """Why norms of tensors on `device` ("cpu", "cuda", ...) take several times as long as they could; empty where nothing faster is known."""
-    return (
-        cpu_kernels.unavailable_reason()
-        if device == "cpu"
-        else compile_ops.unavailable_reason(device)
-        if device in compile_ops.DEVICES
-        else ""
-    )
+    """Why norms of tensors on `device` ("cpu", "cuda", ...) are slower than they could be.
 
-
-def overlapping_max_pool(x: Tensor, size: int = 3, stride: int = 2) -> Tensor:
-    """Max pooling whose windows overlap where stride < size (paper, section 3.4): (N, C, H, W) -> (N, C, H', W')."""
-    return F.max_pool2d(x, size, stride)
+    Empty where nothing faster is known.
+    """
+    if device == "cpu":
+        return cpu_kernels.unavailable_reason()
+    return compile_ops.unavailable_reason(device) if device in compile_ops.DEVICES else ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alexnet_mp.config import Config, check
 from alexnet_mp.data import build_loaders, load
-from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.ops.compile import compile_network
 from alexnet_mp.ops.response_norm import slow_norm
 from alexnet_mp.parallel.context import ParallelContext, describe, init_parallel
@@ -98,7 +98,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if kind == "cpu":
-            cpu_kernels.keep_freed_memory()
+            keep_freed_memory()
         if config.model.lrn and (slow := slow_norm(kind)):
             self.print_rank0(f"note: {slow}")
 
@@ -289,7 +289,7 @@ class Run:
             "precision": self.config.run.precision,
             "validation": self.validation,
             "exchange": run_messages.exchange(
-                context, trainer, self.config.model.crossings, self.test_loader.images
+                context, trainer, self.config.model.exchanges, self.test_loader.images
             ),
         }
         context.run_on_rank0(lambda: folder.write_result(result))

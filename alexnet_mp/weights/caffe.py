@@ -7,6 +7,7 @@ window runs over the maps of all columns.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +17,21 @@ import torch
 from torch import Tensor
 
 from alexnet_mp.config import LAYERS, Config
+from alexnet_mp.config.files import atomic_writer
 from alexnet_mp.config.presets import preset
 from alexnet_mp.weights import protobuf
-from alexnet_mp.weights.grouped import CONVOLUTIONS, config_for, from_grouped
+from alexnet_mp.weights.grouped import (
+    CONVOLUTIONS,
+    config_for,
+    from_grouped,
+    scale_dropped_inputs,
+    to_grouped,
+)
 from alexnet_mp.weights.network_file import NetworkFile
+from alexnet_mp.weights.protobuf import encode
 
 NAME, V1_LAYERS, LAYER_FIELD = 1, 2, 100  # of NetParameter
+NORM = ("lrn_size", "lrn_alpha", "lrn_beta", "lrn_k")
 V1_TYPES = {4: "Convolution", 14: "InnerProduct", 15: "LRN", 17: "Pooling"}
 
 
@@ -61,6 +71,24 @@ def caffe_config(
         return preset("caffe").with_fields(**changes)
     except ValueError as error:
         raise ValueError(f"{path}: its norm cannot be used ({error})") from None
+
+
+def check_is_caffes(network: NetworkFile, kind: str) -> None:
+    """ValueError where a file of this `kind` would be read as another network than `network`.
+
+    Such a file says nothing of norm, dropout, padding or activation: they are bvlc_alexnet's.
+    """
+    theirs, mine = preset("caffe").model, network.config.model
+    free = {"columns", "kernels", "hidden", "classes", "image_size", "crossings"}
+    free |= {"initial_weights", "initial_biases", "dropout", "dropout_rate", "dropout_after"}
+    for field, wanted in vars(theirs).items():
+        value = getattr(mine, field)
+        same = value == wanted or (isinstance(wanted, float) and math.isclose(value, wanted))
+        if field not in free and not same:
+            flag = field.replace("_", "-")
+            raise ValueError(
+                f"{network.path}: {kind} cannot say --{flag} {value}; its networks have {wanted}"
+            )
 
 
 def is_caffe(content: bytes) -> bool:
@@ -178,3 +206,44 @@ def _without_ones(blob: Tensor, dimensions: int) -> Tensor:
     while blob.dim() > dimensions and blob.shape[0] == 1:
         blob = blob[0]
     return blob
+
+
+def write(network: NetworkFile, path: Path) -> None:
+    """Writes a .caffemodel of LayerParameters. Raises ValueError where the network is not Caffe's.
+
+    Only layers with weights and the norms are in it: Caffe takes the rest from its .prototxt.
+    """
+    model = network.config.model
+    pools_first = model.layer1_order == "relu-pool-lrn"
+    ours = model if not pools_first else dataclasses.replace(model, layer1_order="relu-lrn-pool")
+    if pools_first and model.layer2_order == "relu-pool-lrn":
+        ours = dataclasses.replace(ours, layer2_order="relu-lrn-pool")
+    norm = {name: getattr(preset("caffe").model, name) for name in NORM}
+    known = network.config.with_fields(**(vars(ours) | norm))
+    check_is_caffes(dataclasses.replace(network, config=known), "a .caffemodel")
+    grouped = scale_dropped_inputs(to_grouped(network.tensors, model), model)
+    settings = encode(1, model.lrn_size) + encode(2, model.lrn_alpha * model.lrn_size)
+    settings += encode(3, model.lrn_beta) + encode(5, model.lrn_k)
+    content = encode(NAME, "CaffeNet" if pools_first else "AlexNet")
+    for layer in LAYERS:
+        blobs = [grouped[f"{layer}.weight"], grouped[f"{layer}.bias"]]
+        kind = "Convolution" if layer in CONVOLUTIONS else "InnerProduct"
+        content += _layer_message(layer, kind, blobs)
+        if layer in ("conv1", "conv2"):
+            steps = {f"norm{layer[-1]}": ("LRN", settings), f"pool{layer[-1]}": ("Pooling", b"")}
+            for name in sorted(steps, reverse=pools_first):
+                type_, lrn = steps[name]
+                content += _layer_message(name, type_, [], lrn)
+    with atomic_writer(path) as file:
+        file.write(content)
+
+
+def _layer_message(name: str, type_: str, blobs: list[Tensor], lrn: bytes = b"") -> bytes:
+    message = encode(NEW.name, name) + encode(NEW.type, type_)
+    for blob in blobs:
+        shape = b"".join(encode(1, length) for length in blob.shape)
+        data = blob.contiguous().numpy().astype("<f4").tobytes()
+        message += encode(NEW.blobs, encode(7, shape) + encode(5, data))
+    if lrn:
+        message += encode(NEW.lrn, lrn)
+    return encode(LAYER_FIELD, message)

@@ -1,4 +1,4 @@
-"""ONNX: the whole network as a graph of standard operators; and the zoo's bvlcalexnet by its names."""
+"""ONNX: a whole network as a graph of standard operators, and the zoo's bvlcalexnet."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from alexnet_mp.config import LAYERS, Config, ModelConfig
 from alexnet_mp.config.files import atomic_writer
 from alexnet_mp.config.model import CONV1_STRIDE
+from alexnet_mp.weights import protobuf
 from alexnet_mp.weights.caffe import caffe_config
 from alexnet_mp.weights.extras import require
 from alexnet_mp.weights.grouped import config_for, from_grouped, scale_dropped_inputs, to_grouped
@@ -50,7 +51,9 @@ def write(network: NetworkFile, path: Path) -> None:
 
 def _check_operators(model: ModelConfig, path: Path) -> None:
     if model.network != "alexnet":
-        raise ValueError(f"{path}: the ONNX writer knows AlexNet only, not --network {model.network}")
+        raise ValueError(
+            f"{path}: the ONNX writer knows AlexNet only, not --network {model.network}"
+        )
     sizes = model.map_sizes()
     if model.adaptive_pool and sizes["pool5"] != sizes["fc6"]:
         raise ValueError(
@@ -114,7 +117,9 @@ class _Graph:
 
     def _conv(self, layer: str, x: str) -> str:
         inputs = self.grouped[f"{layer}.weight"].shape[1]
-        previous = {"conv1": 3}.get(layer) or self.grouped[f"conv{int(layer[-1]) - 1}.bias"].shape[0]
+        previous = {"conv1": 3}.get(layer) or self.grouped[f"conv{int(layer[-1]) - 1}.bias"].shape[
+            0
+        ]
         left, right, top, bottom = self.model.conv1_padding
         half = self.model.kernel_sizes[layer] // 2
         first = layer == "conv1"
@@ -172,12 +177,23 @@ class _Graph:
             pads=[MAP_NORM_SIZE // 2] * 4,
             count_include_pad=1,
         )
-        scaled = self._add("Mul", [mean, self._constant("map_norm_alpha", alpha)], "map_norm_scaled")
+        scaled = self._add(
+            "Mul", [mean, self._constant("map_norm_alpha", alpha)], "map_norm_scaled"
+        )
         one = self._constant("map_norm_one", np.float32(1))
         base = self._add("Add", [scaled, one], "map_norm_base")
         power = self._constant("map_norm_beta", np.float32(MAP_NORM_BETA))
         denominator = self._add("Pow", [base, power], "map_norm_denominator")
         return self._add("Div", [x, denominator], "map_norm")
+
+
+def is_onnx(content: bytes) -> bool:
+    """Whether `content` is a ModelProto: an ir_version (field 1) and a graph (field 7)."""
+    try:
+        found = {(number, kind) for number, kind, _ in protobuf.fields(memoryview(content))}
+    except protobuf.WireError:
+        return False
+    return {(1, protobuf.VARINT), (7, protobuf.BYTES)} <= found
 
 
 def read(path: Path, base: Config | None = None) -> NetworkFile:
@@ -242,7 +258,9 @@ def _grouped(onnx: Any, proto: Any, path: Path) -> dict[str, Tensor]:
         size = int(np.prod(list(tensor.dims), dtype=object))
         held = max(len(tensor.raw_data) // 4, len(tensor.float_data))
         if tensor.data_type != onnx.TensorProto.FLOAT or size != held:
-            raise ValueError(f"{path}: {tensor.name} does not hold the float32 numbers of its shape")
+            raise ValueError(
+                f"{path}: {tensor.name} does not hold the float32 numbers of its shape"
+            )
         values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
         part = "weight" if found[2] in (".weight", "_w_0") else "bias"
         grouped[f"{found[1]}.{part}"] = values

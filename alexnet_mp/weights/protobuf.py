@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_FIELDS = 1_000_000
+"""Fields of a message that are read: weights are packed into one, and a damaged file must end."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
@@ -17,8 +19,11 @@ class WireError(ValueError):
 
 def fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
     """(number, wire type, value) of each field: an int for a varint, else its bytes."""
-    place = 0
+    place = count = 0
     while place < len(message):
+        count += 1
+        if count > MOST_FIELDS:
+            raise WireError(f"more than {MOST_FIELDS:,} fields in a message")
         key, place = _varint(message, place)
         number, kind = key >> 3, key & 7
         value: int | memoryview
@@ -62,14 +67,18 @@ def text(message: memoryview, number: int) -> str:
 
 def integer(message: memoryview, number: int, default: int = 0) -> int:
     """The last varint in field `number`."""
-    values = [v for n, kind, v in fields(message) if n == number and kind == VARINT]
-    return int(values[-1]) if values else default  # type: ignore[arg-type]  # a varint is an int
+    for found, _, value in fields(message):
+        if found == number and isinstance(value, int):
+            default = value
+    return default
 
 
 def float32(message: memoryview, number: int, default: float) -> float:
     """The last float in field `number`."""
-    found = [v for n, kind, v in fields(message) if n == number and kind == FIXED32]
-    return float(struct.unpack("<f", found[-1])[0]) if found else default  # type: ignore[arg-type]  # bytes
+    for found, kind, value in fields(message):
+        if found == number and kind == FIXED32 and isinstance(value, memoryview):
+            default = float(struct.unpack("<f", value)[0])
+    return default
 
 
 def integers(message: memoryview, number: int) -> list[int]:
@@ -101,3 +110,22 @@ def floats(message: memoryview, number: int, kind: str = "<f4") -> NDArray[np.ge
     if len(parts) == 1:
         return np.frombuffer(parts[0], kind)
     return np.frombuffer(b"".join(parts), kind)
+
+
+def encode(number: int, value: int | float | str | bytes) -> bytes:
+    """The field `number` of a message: a varint, a float32, a text or bytes."""
+    if isinstance(value, float):
+        return _encode_varint(number << 3 | FIXED32) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _encode_varint(number << 3 | VARINT) + _encode_varint(value)
+    content = value.encode() if isinstance(value, str) else value
+    return _encode_varint(number << 3 | BYTES) + _encode_varint(len(content)) + content
+
+
+def _encode_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

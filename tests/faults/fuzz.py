@@ -68,7 +68,7 @@ CONFIG = preset("demo").with_fields(kernels=(4, 4, 4, 4, 4), hidden=(6, 5), clas
 
 
 def trainer() -> Trainer:
-    model = AlexNet(CONFIG.model)
+    model = AlexNet(CONFIG.model, seed=0)
     return Trainer(
         model, nn.CrossEntropyLoss(), build_optimizer(model, CONFIG.recipe), "cpu", verbose=False
     )

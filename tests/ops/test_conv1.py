@@ -6,18 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_mp import AlexNet, preset
-from alexnet_mp.ops.conv1 import FirstConv2d, first_input, in_blocks
+from alexnet_mp.ops.conv1 import Conv1, conv1_input, space_to_depth
 
 # The same products, summed in another order in float32, rounded once to bfloat16: half a unit of its last place, 2^-8, now and then.
 TOLERANCE = {"rtol": 2**-7, "atol": 2**-7}
 
 
-def conv1(kernels: int = 6) -> FirstConv2d:
+def conv1(kernels: int = 6) -> Conv1:
     torch.manual_seed(0)
-    return FirstConv2d(kernels).to(memory_format=torch.channels_last)
+    return Conv1(kernels).to(memory_format=torch.channels_last)
 
 
-def plain(layer: FirstConv2d, images: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+def plain(layer: Conv1, images: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
     return F.conv2d(F.pad(images, padding), layer.weight, layer.bias, stride=4)
 
 
@@ -36,7 +36,9 @@ def test_conv1_over_blocks_is_conv1(size, padding, memory_format) -> None:
     expected = plain(layer.double(), images.double(), padding)
     gradient = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad(expected, (layer.weight, layer.bias), gradient)
-    y = layer.float()(in_blocks(images, padding).float())  # float32: nothing is hidden by rounding
+    y = layer.float()(
+        space_to_depth(images, padding).float()
+    )  # float32: nothing is hidden by rounding
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad(y, (layer.weight, layer.bias), gradient.float())
     torch.testing.assert_close(
@@ -48,7 +50,7 @@ def test_conv1_over_blocks_is_conv1(size, padding, memory_format) -> None:
 def test_training_in_bfloat16_on_a_cpu_reads_blocks_and_gives_what_autocast_gives(padding) -> None:
     layer, images = conv1(), torch.randn(2, 3, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        x = first_input(images, padding, layer)
+        x = conv1_input(images, padding, layer.weight)
         found, expected = layer(x), plain(layer, images, padding)
     assert x.shape[1] == 48 and found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, **TOLERANCE)
@@ -62,7 +64,7 @@ def test_otherwise_conv1_reads_pixels(why) -> None:
         torch.autocast("cpu", torch.bfloat16, enabled=why != "float32"),
         torch.set_grad_enabled(why != "testing"),
     ):
-        x = first_input(images, (0, 3, 0, 3), layer)
+        x = conv1_input(images, (0, 3, 0, 3), layer.weight)
     assert x.shape == (2, 3, 67, 67) and x.dtype == (
         torch.float32 if why == "float32" else torch.bfloat16
     )

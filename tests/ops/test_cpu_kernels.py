@@ -1,17 +1,10 @@
 """The compiled norm against torch's operations: every type, format and combination that the network uses, on any number of threads."""
 
 import itertools
-import os
-import platform
-import shutil
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_mp.ops import cpu_kernels
@@ -44,10 +37,10 @@ def outcome(
     z = z.detach().requires_grad_()
     x = (
         z * 1.0
-        if not cpu_kernels.is_last(z)
+        if not cpu_kernels.is_channels_last(z)
         else (z * 1.0).contiguous(memory_format=torch.channels_last)
     )  # the plain way overwrites it
-    y = NORM.relu_lrn_pool(x, *pool, relu) if pool else NORM(x)
+    y = NORM(x, relu=relu, pool=pool)
     gradient = (
         random(*y.shape, seed=1).to(z.dtype).contiguous(memory_format=FORMATS[gradient_format])
     )
@@ -81,9 +74,7 @@ def test_the_compiled_norm_is_what_torchs_operations_compute(
 @pytest.mark.parametrize("pool, relu", [(None, False), ((3, 2), True)])
 def test_the_compiled_gradient_is_that_of_the_values(pool, relu) -> None:
     z = (random(2, 6, 5, 7) + 0.05).contiguous(memory_format=torch.channels_last).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: NORM.relu_lrn_pool(x, *pool, relu) if pool else NORM(x), z
-    )
+    assert torch.autograd.gradcheck(lambda x: NORM(x, relu=relu, pool=pool), z)
 
 
 @pytest.fixture
@@ -102,7 +93,7 @@ def test_neither_threads_nor_the_rest_of_the_batch_change_an_image(memory_format
     for threads in (2, 3, 16):
         torch.set_num_threads(threads)
         assert all(torch.equal(a, b) for a, b in zip(whole, outcome(z, (3, 2), True), strict=True))
-    alone = NORM.relu_lrn_pool(z[4:5].contiguous(memory_format=memory_format), 3, 2, True)
+    alone = NORM(z[4:5].contiguous(memory_format=memory_format), relu=True, pool=(3, 2))
     assert torch.equal(alone, whole[0][4:5])
 
 
@@ -136,9 +127,9 @@ def test_what_is_not_a_number_stays_in_its_own_image_and_reaches_its_own_windows
     pool, row, column
 ) -> None:
     z = random(3, 8, 9, 9).float().contiguous(memory_format=torch.channels_last)
-    clean = NORM.relu_lrn_pool(z, *pool, True)
+    clean = NORM(z, relu=True, pool=pool)
     z[1, 3, row, column] = torch.nan
-    y, size = NORM.relu_lrn_pool(z, *pool, True), pool[0]
+    y, size = NORM(z, relu=True, pool=pool), pool[0]
     windows = torch.zeros(8, *y.shape[2:], dtype=torch.bool)
     for i, j in itertools.product(*map(range, y.shape[2:])):
         windows[1:6, i, j] = (
@@ -152,7 +143,7 @@ def test_relu_norm_and_pooling_keep_their_input_and_a_byte_for_each_maximum_and_
     None
 ):
     z = random(2, 6, 15, 15).float().contiguous(memory_format=torch.channels_last).requires_grad_()
-    y = NORM.relu_lrn_pool(z, 3, 2, True)
+    y = NORM(z, relu=True, pool=(3, 2))
     kept = [(tuple(x.shape), x.dtype) for x in y.grad_fn.saved_tensors]
     assert kept == [((2, 6, 15, 15), torch.float32), ((2, 6, 7, 7), torch.uint8)]
 
@@ -165,109 +156,4 @@ def test_other_sizes_exponents_and_types_are_left_to_torchs_operations() -> None
         and not cpu_kernels.supports(z.half(), 5, 0.75)
         and not cpu_kernels.supports(z[:0], 5, 0.75)
     )
-    assert torch.isfinite(LocalResponseNorm(3, alpha=0.3).relu_lrn_pool(z, 3, 2, True)).all()
-
-
-@pytest.fixture
-def _no_library(monkeypatch, tmp_path):
-    """As in a fresh installation elsewhere: nothing compiled yet."""
-    (tmp_path / "package" / "csrc").mkdir(parents=True)
-    monkeypatch.setattr(
-        cpu_kernels,
-        "SOURCES",
-        tuple(
-            Path(shutil.copy(source, tmp_path / "package" / "csrc"))
-            for source in cpu_kernels.SOURCES
-        ),
-    )
-    cpu_kernels._library.cache_clear()
-    yield
-    cpu_kernels._library.cache_clear()
-
-
-@pytest.mark.usefixtures("_no_library")
-def test_without_a_compiler_it_says_so_and_the_network_still_computes(monkeypatch) -> None:
-    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
-    assert cpu_kernels.unavailable_reason() == (
-        "response normalization is not compiled and takes several times as long: "
-        "no C++ compiler (c++, g++, clang++, or what CXX names)"
-    )
-    z = random(2, 6, 9, 9).float()
-    torch.testing.assert_close(
-        NORM.relu_lrn_pool(z.clone(), 3, 2, True), F.max_pool2d(NORM(F.relu(z)), 3, 2)
-    )
-
-
-@pytest.mark.usefixtures("_no_library")
-def test_a_compiler_that_fails_is_quoted_in_one_line(monkeypatch) -> None:
-    monkeypatch.setattr(cpu_kernels, "FLAGS", ["--no-such-flag"])
-    assert (
-        "--no-such-flag" in cpu_kernels.unavailable_reason()
-        and "\n" not in cpu_kernels.unavailable_reason()
-    )
-
-
-@pytest.mark.usefixtures("_no_library")
-def test_what_has_been_compiled_is_used_again_and_a_changed_source_is_not(monkeypatch) -> None:
-    first = cpu_kernels._compiled()
-    assert first.parent == cpu_kernels.SOURCES[0].parents[1] / "__pycache__" and list(
-        first.parent.iterdir()
-    ) == [first]
-    compile_it = cpu_kernels.subprocess.run
-    monkeypatch.setattr(
-        cpu_kernels.subprocess, "run", lambda *_, **__: pytest.fail("compiled again")
-    )
-    assert cpu_kernels._compiled() == first
-    monkeypatch.setattr(cpu_kernels.subprocess, "run", compile_it)
-    cpu_kernels.SOURCES[1].write_text(cpu_kernels.SOURCES[1].read_text() + "// changed\n")
-    assert cpu_kernels._compiled() != first
-
-
-FAULTS = """
-import os, resource, sys
-from alexnet_mp.ops import cpu_kernels
-import torch
-torch.set_num_threads(1)
-kept = cpu_kernels.keep_freed_memory() if sys.argv[1] == "kept" else None
-if sys.argv[1] == "run":
-    from small_nets import SMALL
-    from alexnet_mp.training.run import run
-    run(SMALL.with_fields(out=sys.argv[2], epochs=1, limit_train=32, limit_val=32, limit_test=32))
-count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**22), torch.ones(2**26)
-before = count()
-for _ in range(8):
-    torch.ones(2**26)            # 256 MiB
-print(kept, (count() - before) * os.sysconf("SC_PAGE_SIZE") // 2**20)
-"""
-
-
-def faulted(*arguments: str, **environment: str) -> tuple[str, int]:
-    """What `keep_freed_memory` said, and how many MiB of pages were new in allocating 8 x 256 MiB again, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS, *arguments],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-    )
-    kept, new = done.stdout.splitlines()[-1].split()
-    return kept, int(new)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
-def test_freed_memory_is_kept_for_the_next_step_by_a_run_too_unless_the_user_has_tuned_the_allocator(
-    tmp_path,
-) -> None:
-    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if huge.exists() and "[always]" in huge.read_text():
-        pytest.skip("pages are large here, their number says nothing")
-    assert faulted("as it comes")[1] > 1800
-    for kept, new in (faulted("kept"), faulted("run", str(tmp_path / "run"))):
-        assert (
-            kept != "False" and new <= 768
-        )  # the first ones may find small blocks of other threads in their way
-    kept, new = faulted("kept", MALLOC_TRIM_THRESHOLD_="100000")
-    assert kept == "False" and new > 1800
+    assert torch.isfinite(LocalResponseNorm(3, alpha=0.3)(z, relu=True, pool=(3, 2))).all()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_mp.config import Config, ModelConfig, RunConfig
-from alexnet_mp.model.alexnet import AlexNet, LocalLink
-from alexnet_mp.model.cross_column import Crossing
+from alexnet_mp.model.alexnet import AlexNet
+from alexnet_mp.model.cross_column import Crossing, LocalLink
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.parallel import exchange
 from alexnet_mp.parallel.context import init_parallel
@@ -172,7 +172,7 @@ def step_on_gpus(rank: int, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
     torch.cuda.set_device(device)
     with process_group(backend=backend):
         return one_step(
-            AlexNet(small(), (rank,), GroupLink(dist.group.WORLD)).double().to(device), 4
+            AlexNet(small(), (rank,), GroupLink(dist.group.WORLD), seed=0).double().to(device), 4
         )
 
 
@@ -205,7 +205,7 @@ def one_step(model: AlexNet, number: int) -> tuple[Tensor, dict[str, Tensor]]:
     ],
 )
 def test_two_ranks_on_gpus_compute_what_the_cpu_does(backend: str) -> None:
-    logits, gradients = one_step(AlexNet(small()).double(), 4)
+    logits, gradients = one_step(AlexNet(small(), seed=0).double(), 4)
     for rank_logits, part in run(step_on_gpus, 2, backend):
         torch.testing.assert_close(
             rank_logits, logits, rtol=1e-10, atol=1e-12
@@ -220,7 +220,7 @@ def test_two_ranks_on_gpus_compute_what_the_cpu_does(backend: str) -> None:
 def papers_traffic(rank: int, number: int) -> tuple[dict, dict, Tensor]:
     with process_group():
         link = GroupLink(dist.group.WORLD)
-        model = AlexNet(ModelConfig(), (rank,), link)
+        model = AlexNet(ModelConfig(), (rank,), link, seed=0)
         images = torch.randn(number, 3, 227, 227, generator=torch.Generator().manual_seed(0))
         logits = model(images)
         logits.square().sum().backward()
@@ -252,7 +252,7 @@ def test_each_rank_of_the_papers_net_sends_57576_values_an_image() -> None:
 def traffic(rank: int, number: int) -> dict:
     with process_group():
         link = GroupLink(dist.group.WORLD)
-        one_step(AlexNet(small(), (rank,), link), number)
+        one_step(AlexNet(small(), (rank,), link, seed=0), number)
         return dict(link.meter.values)
 
 
@@ -282,7 +282,7 @@ class Calls(TorchDispatchMode):
 
 def calls_of_a_step(rank: int, images: int) -> list[str]:
     with process_group():
-        model, calls = AlexNet(small(), (rank,), GroupLink(dist.group.WORLD)), []
+        model, calls = AlexNet(small(), (rank,), GroupLink(dist.group.WORLD), seed=0), []
         with Calls(calls):
             dist.barrier()  # shows that a stray call would be seen
             one_step(model, images)
@@ -341,7 +341,7 @@ def test_evaluation_is_metered_apart_and_sends_nothing_back() -> None:
 def order_of_a_step(rank: int) -> list[str]:
     log: list[str] = []
     with process_group():
-        model = AlexNet(small(), (rank,), GroupLink(dist.group.WORLD)).double()
+        model = AlexNet(small(), (rank,), GroupLink(dist.group.WORLD), seed=0).double()
         start, wait = exchange.dist.batch_isend_irecv, exchange.Transfer.wait
         patch = pytest.MonkeyPatch()
         patch.setattr(
@@ -387,7 +387,7 @@ def test_the_own_half_is_computed_while_the_peers_is_under_way_and_backward_send
 def pass_without_images(rank: int) -> tuple[tuple[int, ...], dict, bool]:
     with process_group():
         link = GroupLink(dist.group.WORLD)
-        logits, gradients = one_step(AlexNet(small(), (rank,), link), 0)
+        logits, gradients = one_step(AlexNet(small(), (rank,), link, seed=0), 0)
         return (
             tuple(logits.shape),
             dict(link.meter.values),
@@ -405,7 +405,10 @@ def logits_of(rank: int, columns: int) -> Tensor:
     with process_group():
         share = columns // dist.get_world_size()
         model = AlexNet(
-            small(columns), range(rank * share, (rank + 1) * share), GroupLink(dist.group.WORLD)
+            small(columns),
+            range(rank * share, (rank + 1) * share),
+            GroupLink(dist.group.WORLD),
+            seed=0,
         )
         return one_step(model, 5)[0]
 

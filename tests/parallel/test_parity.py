@@ -109,7 +109,7 @@ def train_a_part(
     with process_group():
         share = config.columns // dist.get_world_size()
         link = GroupLink(dist.group.WORLD)
-        model = AlexNet(config, range(rank * share, (rank + 1) * share), link).to(dtype)
+        model = AlexNet(config, range(rank * share, (rank + 1) * share), link, seed=0).to(dtype)
         model = model.to(memory_format=torch.channels_last) if channels_last else model
         return train(model, batches(sizes, dtype, config.image_size), recipe), dict(
             link.meter.values
@@ -132,7 +132,9 @@ def both(
         outcome
         for outcome, _ in run(train_a_part, ranks, config, dtype, sizes, recipe, channels_last)
     ]
-    whole = train(AlexNet(config).to(dtype), batches(sizes, dtype, config.image_size), recipe)
+    whole = train(
+        AlexNet(config, seed=0).to(dtype), batches(sizes, dtype, config.image_size), recipe
+    )
     for other in parts[1:]:
         assert all(torch.equal(a, b) for a, b in zip(parts[0].logits, other.logits, strict=True)), (
             "the ranks' own logits differ"
@@ -254,7 +256,7 @@ def test_something_is_sent_at_the_configured_crossings_and_only_there(crossings:
 
 def dropped_by_rank(rank: int, layer: str) -> Tensor:
     with process_group():
-        model = AlexNet(small(activation="tanh"), (rank,), GroupLink(dist.group.WORLD))
+        model = AlexNet(small(activation="tanh"), (rank,), GroupLink(dist.group.WORLD), seed=0)
         return dropped_by(model, layer)[0]
 
 
@@ -272,7 +274,7 @@ def dropped_by(model: AlexNet, layer: str) -> list[Tensor]:
 @pytest.mark.parametrize("layer", ["fc6", "fc7"])
 def test_two_ranks_drop_the_units_that_one_device_drops(layer: str) -> None:
     whole, ranks = (
-        dropped_by(AlexNet(small(activation="tanh")), layer),
+        dropped_by(AlexNet(small(activation="tanh"), seed=0), layer),
         run(dropped_by_rank, 2, layer),
     )
     assert all(torch.equal(a, b) for a, b in zip(whole, ranks, strict=True)) and len(whole) == 2
@@ -347,7 +349,10 @@ def test_the_network_is_the_one_that_the_reference_writes_down_from_the_formulas
     recipe = (
         RecipeConfig(lr=0.01, bias_lr=0.02, bias_decay=False) if variant == "original" else RECIPE
     )
-    data, model = batches([4] * STEPS, torch.float64, config.image_size), AlexNet(config).double()
+    data, model = (
+        batches([4] * STEPS, torch.float64, config.image_size),
+        AlexNet(config, seed=0).double(),
+    )
     theirs = reference.Network(arrays(model.state_dict(), config.columns), settings(config))
     descent = reference.Descent(theirs, bias_decay=None if recipe.bias_decay else 0.0)
 
@@ -377,7 +382,7 @@ def test_the_network_is_the_one_that_the_reference_writes_down_from_the_formulas
 
 def test_in_float32_the_network_is_the_reference_within_rounding() -> None:
     config = small(image_size=99)
-    model, batch = AlexNet(config), batches([4], torch.float32, 99)
+    model, batch = AlexNet(config, seed=0), batches([4], torch.float32, 99)
     theirs = reference.Network(arrays(model.state_dict(), 2), settings(config))
     ours = train(model, batch, RECIPE)
     gradients, logits = theirs.gradients(

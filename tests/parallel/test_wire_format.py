@@ -65,7 +65,9 @@ def step(
 ) -> tuple[Tensor, dict, dict, dict]:
     with process_group():
         link = GroupLink(dist.group.WORLD, wire=wire)
-        model = AlexNet(small(**SMOOTH), (rank,), link).to(memory_format=torch.channels_last)
+        model = AlexNet(small(**SMOOTH), (rank,), link, seed=0).to(
+            memory_format=torch.channels_last
+        )
         images = torch.randn(4, 3, 67, 67, generator=torch.Generator().manual_seed(0))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images, dropout_keys(0, 0, torch.arange(4)))

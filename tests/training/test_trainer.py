@@ -209,7 +209,7 @@ def test_conv1_leaves_autograd_at_the_epoch_at_which_the_schedule_freezes_it() -
     config = preset("original").with_fields(
         image_size=64, kernels=(4, 4, 4, 4, 4), hidden=(6, 6), classes=3, epochs=5, lr=0.001
     )
-    model = AlexNet(config.model)
+    model = AlexNet(config.model, seed=0)
     optimizer = build_optimizer(model, config.recipe)
     one = Trainer(
         model,
