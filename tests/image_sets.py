@@ -69,7 +69,7 @@ def levels(store: Store) -> list[int]:
 
 
 def pack_slowly(source: str, store: str, ready: object) -> None:
-    """Packs in small shards, slowly enough to be killed at any point of it; `ready` is a pipe's end."""
+    """Packs in small shards, slowly enough to be killed at any point. `ready` is a pipe's end."""
     read = decode_pool.try_read
     store_format.SHARD, decode_pool.CHUNK, decode_pool.try_read = (
         8,

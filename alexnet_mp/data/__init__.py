@@ -14,6 +14,7 @@ from alexnet_mp.data.loader import Batch, Loader
 from alexnet_mp.data.statistics import Statistics
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.transforms import Augment, AugmentParams, needs_statistics
+from alexnet_mp.ops.precision import DTYPES
 
 __all__ = [
     "Augment",
@@ -52,7 +53,9 @@ def build_loaders(
     size = config.model.image_size
     side = config.data.resized_side(size)
     statistics = splits.train.statistics(side) if needs_statistics(config.data) else None
-    augment = Augment(config.data, size, statistics, device)
+    on_cuda = torch.device(device).type == "cuda"
+    dtype = DTYPES[config.run.precision] if on_cuda else torch.float32
+    augment = Augment(config.data, size, statistics, device, dtype)
     train, val, test = (
         Loader(
             store.resized(side),

@@ -86,8 +86,14 @@ class Cache:
                 started = time.perf_counter()
                 if not unfinished:
                     shutil.rmtree(workplace / "set", ignore_errors=True)
-                build(workplace / "set")
-                commit_folder(workplace / "set", folder / name)
+                try:
+                    build(workplace / "set")
+                    commit_folder(workplace / "set", folder / name)
+                except OSError:
+                    # Without locks, as on some network file systems, another process may have made it meanwhile.
+                    if found() is None:
+                        raise
+                    return
                 seconds = time.perf_counter() - started
                 self.print_line(f"done in {seconds:.1f} s, {images / seconds:,.0f} images/s")
                 self._report_others(folder, name)

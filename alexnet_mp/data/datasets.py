@@ -31,13 +31,13 @@ SOURCES: Mapping[str, Callable[[Request], Source]] = {
     "store": PackedStore,
 }
 TEST_SEED = 0
-"""Held-out test images are the same for every --seed: members of an ensemble never train on them."""
+"""Held-out test images are the same for every --seed: no member of an ensemble trains on them."""
 SHARES = {0.5: "half", 0.25: "a quarter", 0.2: "a fifth", 0.1: "a tenth"}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test images; none in common, unless validation is the test images."""
+    """Training, validation and test images; none in common, but val may be the test images."""
 
     train: Store
     val: Store

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 SIDE = 256
@@ -45,8 +45,9 @@ _one_large = threading.Lock()
 def resize(images: Tensor, side: int) -> Tensor:
     """uint8 (N, 3, s, s) -> uint8 (N, 3, side, side): bilinear, with antialias where it reduces.
 
-    Every image is resized on its own, in whole numbers on the CPU: the bits do not depend on the batch. CUDA has no such
-    kernel; there it is done in float32 and rounded, which may differ by one gray level.
+    Every image is resized on its own, in whole numbers on the CPU: the bits do not depend on the
+    batch. CUDA has no such kernel; there it is done in float32 and rounded, which may differ by
+    one gray level.
     """
     if images.shape[-1] == side:
         return images
@@ -74,7 +75,7 @@ def try_read(file: Path, side: int = SIDE, warp: bool = False) -> np.ndarray | s
 
 def _reason(file: Path, error: Exception) -> str:
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         words = "not an image that Pillow knows"
         with contextlib.suppress(OSError), file.open("rb") as opened:
             start = opened.read(64)
@@ -141,7 +142,7 @@ def read_image(file: str | Path, side: int = SIDE, warp: bool = False) -> np.nda
 
 
 def stored_side(file: Path, side: int = SIDE) -> int | None:
-    """The side that `read_image` would give, from the file's header alone; None if it cannot be read."""
+    """The side of `read_image`'s result, by the file's header alone; None where that is damaged."""
     try:
         with Image.open(file, formats=_formats()) as opened:
             return min(side, *opened.size)
@@ -223,11 +224,12 @@ def decode_jpeg(content: bytes | np.ndarray) -> Tensor:
     speed may depend on it.
     """
     if has_jpeg_operator():
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        decoded: Tensor = torch.ops.image.decode_jpeg(data, 0, False)
+        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        decoded: Tensor = torch.ops.image.decode_jpeg(buffer, 0, False)
         return decoded
+    data = content.tobytes() if isinstance(content, np.ndarray) else content
     try:
-        with Image.open(io.BytesIO(content), formats=["JPEG"]) as opened:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as opened:
             pixels = torch.from_numpy(np.array(opened))
             return pixels.reshape(opened.height, opened.width, -1).permute(2, 0, 1)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import importlib
 import io
 import warnings
 import zlib
@@ -103,24 +104,15 @@ class FashionMnist:
         self.request.run_once_per_host(work)
         return {split: self._read(split) for split in splits}
 
-    def _files(self, split: Split) -> tuple[Path, Path] | None:
-        """The images' and the labels' file of `split`, packed by gzip or not."""
+    def _files(self, split: Split) -> list[Path] | None:
+        """The file of images and the one of labels, packed by gzip or not; None if not there."""
         directory = self.request.directory
         for place in (directory, directory / "FashionMNIST" / "raw", DEBIAN_FASHION):
-            files = [
-                file
-                for name in _idx_names(FASHION_PARTS[split])
-                for file in (place / f"{name}.gz", place / name)
-                if file.is_file()
-            ]
-            by_kind = {
-                kind: file
-                for file in reversed(files)
-                for kind in ("images", "labels")
-                if kind in file.name
-            }
-            if len(by_kind) == 2:
-                return by_kind["images"], by_kind["labels"]
+            found = []
+            for name in _idx_names(FASHION_PARTS[split]):
+                found += [p for p in (place / f"{name}.gz", place / name) if p.is_file()][:1]
+            if len(found) == 2:
+                return found
         return None
 
     def _read(self, split: Split) -> Store:
@@ -130,7 +122,7 @@ class FashionMnist:
                 f"--data-dir {self.request.directory}: no Fashion-MNIST here, though another rank "
                 "of this host has it"
             )
-        gray, labels = map(_read_idx, files)
+        gray, labels = (_read_idx(file) for file in files)
         return Store([np.repeat(gray[:, None], 3, axis=1)], labels, FASHION_CLASSES)
 
 
@@ -141,14 +133,13 @@ def _idx_names(part: str) -> tuple[str, str]:
 def _torchvision_datasets(data: str) -> ModuleType:
     """torchvision's data sets. ValueError where it is missing or does not fit this torch."""
     try:
-        from torchvision import datasets
+        return importlib.import_module("torchvision.datasets")
     except Exception as error:  # a build for another torch fails in several ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"--data {data}: torchvision cannot be imported ({reason}); install the one that fits "
             f"torch {torch.__version__}, or use --data shapes"
         ) from None
-    return datasets
 
 
 def _download(fetch: Callable[[], object], url: str, root: str, remedy: str) -> None:

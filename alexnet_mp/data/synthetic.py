@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from alexnet_mp.config.progress import progress
+from alexnet_mp.config.progress import Progress, progress
 from alexnet_mp.config.seeds import combine
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.folder_layout import SPLITS, Split
@@ -37,7 +37,10 @@ FEW = 0.25
 """Share of a split up to which its images are drawn in memory, not kept on disk."""
 
 Outlines = list[tuple[np.ndarray, bool]]
-"""Polygons (points, 2) within the circle of radius 1 around 0, one over the other: True paints, False cuts a hole."""
+"""Polygons (points, 2) in the circle of radius 1 around 0, one over the other.
+
+True paints, False cuts a hole.
+"""
 
 
 class Shapes:
@@ -66,7 +69,7 @@ class Shapes:
             return Store([np.stack(images)], rows % len(CLASSES), CLASSES)
 
         def build(path: Path) -> None:
-            bar = progress(
+            bar: Progress[None] = progress(
                 total=count, description="shapes", unit="images", enabled=request.progress
             )
             with bar, StoreWriter(path, CLASSES) as writer:

@@ -18,7 +18,7 @@ from alexnet_mp.config.seeds import combine
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.statistics import Statistics
 from alexnet_mp.data.store import ForEachRow
-from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops import cpu_kernels, cuda_kernels
 from alexnet_mp.ops.cpu_kernels import Mean
 
 
@@ -69,8 +69,13 @@ class Augment:
         image_size: int,
         statistics: Statistics | None = None,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`statistics`: of the training split at `side`. ValueError where `needs_statistics(config)` and there are none."""
+        """`statistics`: of the training split at `side`. ValueError where `needs_statistics(config)` and there are none.
+
+        `dtype`: of the result on CUDA, where the layers' own type saves a pass over memory; float32 elsewhere.
+        """
+        self.dtype = dtype
         self.config, self.size, self.statistics = config, image_size, statistics
         self.side = config.resized_side(image_size)
         self.margin = self.side - image_size  # the last place at which a crop fits
@@ -125,6 +130,8 @@ class Augment:
         if images.device.type == "cpu":
             return self._all_on_cpu(images, params)
         params = params.to(images.device)
+        if self._has_kernel(images):
+            return self._by_kernel(images, params)
         values = self._centered(images, params)
         if params.color is not None and not self.noise_off:
             values += params.color[:, :, None, None]
@@ -205,7 +212,40 @@ class Augment:
         params = _same_for_all(len(images), top, left, flip, images.device)
         if images.device.type == "cpu":
             return self._all_on_cpu(images, params)
+        if self._has_kernel(images):
+            return self._by_kernel(images, params)
         return self._scaled(self._centered(images, params))
+
+    def _has_kernel(self, images: Tensor) -> bool:
+        """Whether one kernel does all steps on the images' device; foreign networks' colors it does not."""
+        return (
+            cuda_kernels.usable(images.device.type)
+            and not self.scales_colors
+            and not self.reversed_colors
+        )
+
+    def _by_kernel(self, images: Tensor, params: AugmentParams) -> Tensor:
+        """Does what `train` does in one pass over the images: (N, 3, size, size), channels-last, of `dtype`."""
+        from alexnet_mp.ops import triton_kernels  # needs Triton
+
+        noise = params.color is not None and not self.noise_off
+        half, mean = self.config.mean == "half", None
+        if self.config.mean == "image-aligned":
+            mean = self.mean_image
+        elif self.config.mean in ("image-center", "values"):
+            mean = self.center_mean
+        return triton_kernels.crop(
+            images.contiguous(),
+            torch.stack([params.top, params.left, params.flip.long()]).int(),
+            self.size,
+            self.dtype,
+            mean,
+            aligned=self.config.mean == "image-aligned",
+            constant=127.5 if half else 0.0,
+            color=params.color if noise else None,
+            divisor=1 + self.config.color_noise if noise and self.config.color_divides else 1.0,
+            scale=127.5 if half else 1.0,
+        )
 
     def _centered(self, images: Tensor, params: AugmentParams) -> Tensor:
         """Crops minus their mean; `params` are on the images' device."""

@@ -64,9 +64,9 @@ def class_names(file: Path) -> tuple[str, ...]:
 
 
 def read_words(file: Path, classes: Sequence[str]) -> tuple[str, ...] | None:
-    """What `file`, lines of `CLASS<tab>word, synonym ...`, calls each class; None unless all of them.
+    """The name of each class in `file`, lines of `CLASS<tab>word, synonym ...`.
 
-    The first word is enough, except where two classes share it.
+    It is the first word, except where two classes share it. None where a class is not in `file`.
     """
     if not file.is_file():
         return None
@@ -125,8 +125,9 @@ def _numbered(file: Path, used: set[int]) -> dict[int, str]:
         numbered = {int(row[0]): row[1] for row in rows}
     elif (0 in used) == (len(rows) in used):
         raise ValueError(
-            f"--val-synsets {file}: {len(rows):,} lines, and the labels use {min(used)} to {max(used)}: "
-            "whether counting starts at 0 or 1 is not clear; write `NUMBER CLASS` lines"
+            f"--val-synsets {file}: {len(rows):,} lines, and the labels use {min(used)} to "
+            f"{max(used)}: whether counting starts at 0 or 1 is not clear; "
+            "write `NUMBER CLASS` lines"
         )
     else:
         numbered = {k + (0 not in used): row[0] for k, row in enumerate(rows)}

@@ -54,18 +54,20 @@ class LocalLink:
 class WholeWeight(Tensor):
     """What `Crossing.weight` returns: a copy of both halves, whose changes in place reach them.
 
-    So nn.init, `copy_` and `weight[0] = 1` do what they do to a parameter, and so they do through
-    `weight.data`. Gradients flow from it to the halves; it has no `grad` of its own.
+    So nn.init, `copy_` and `weight[0] = 1` do what they do to a parameter, through `weight.data` and
+    through views as well. Gradients flow from it to the halves; it has no `grad` of its own.
     """
 
     crossing: Crossing
-    written: int  # the tensor's version that the halves have
+    whole: Tensor  # the tensor that this is a view of, or itself
+    written: int  # the version that the halves have
 
     @staticmethod
-    def of(crossing: Crossing, values: Tensor) -> WholeWeight:
+    def of(crossing: Crossing, values: Tensor, whole: Tensor | None = None) -> WholeWeight:
         weight = values.as_subclass(WholeWeight)
         with torch._C.DisableTorchFunctionSubclass():
-            weight.crossing, weight.written = crossing, weight._version
+            weight.crossing, weight.whole = crossing, weight if whole is None else whole
+            weight.written = weight._version
         return weight
 
     @classmethod
@@ -80,12 +82,18 @@ class WholeWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **kwargs)
             for weight in (*args, *kwargs.values()):
-                if isinstance(weight, WholeWeight) and weight._version != weight.written:
-                    weight.crossing.set_weight(weight)
+                if not isinstance(weight, WholeWeight):
+                    continue
+                if weight._version != weight.written:  # it was changed
+                    weight.crossing.set_weight(weight.whole)
                     weight.written = weight._version
-            if function in (Tensor.data.__get__, Tensor.detach):  # type: ignore[attr-defined]
-                return WholeWeight.of(args[0].crossing, result)
+                if type(result) is Tensor and _share_memory(result, weight):
+                    return cls.of(weight.crossing, result, weight.whole)
         return result
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class Crossing(nn.Module):
@@ -156,7 +164,8 @@ class Crossing(nn.Module):
         A tensor that is assigned is copied into the halves. TypeError for an nn.Parameter, which
         the layer could not keep.
         """
-        return WholeWeight.of(self, self.merge(self.weight_own, self.weight_peers))
+        values = self.merge(self.weight_own, self.weight_peers)
+        return values if needs_plain_operations(values) else WholeWeight.of(self, values)
 
     @weight.setter
     def weight(self, values: Tensor) -> None:

@@ -24,12 +24,11 @@ class Diagnostics:
     def __init__(self, model: nn.Module, command_line: bool = False) -> None:
         self.is_ours, self.command_line = isinstance(model, AlexNet), command_line
         self.said: set[str] = set()
-        self.classes = 0
+        self.classes = 0  # how many logits the model gives
         self._largest: tuple[list[str], Tensor] | None = None
 
-    def record(self, names: list[str], norms: Tensor, classes: int) -> None:
-        """The norms of one step's gradients, by parameter, which stay on their device, and the number of logits."""
-        self.classes = classes
+    def record(self, names: list[str], norms: Tensor) -> None:
+        """Notes the norms of one step's gradients, by parameter; they stay on their device."""
         if not self.is_ours or len(names) != len(norms):
             return
         if self._largest is None or self._largest[0] != names:

@@ -1,4 +1,4 @@
-"""The batches of one epoch, for the trainer: from the step on at which it was left, prepared one ahead, with progress shown."""
+"""The batches of one epoch: from the step on at which it was left, one prepared ahead, on the device, with progress shown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import torch
+
 from alexnet_mp.config.progress import progress
-from alexnet_mp.training.input_checks import length_of
+from alexnet_mp.training.input_checks import LabeledBatch, is_empty, length_of, unpack_batch
 
 REFRESH = 1.0
 """Seconds between two looks at the loss for a progress bar: each waits for the device."""
@@ -17,7 +19,7 @@ _END, _NOT_ASKED = object(), object()  # a loader may give None
 
 
 class EpochBatches:
-    """Iterates over one epoch of `loader`, whose first `done` batches have been trained on.
+    """Iterates over the batches of one epoch of `loader`, but for the first `done` and those without images.
 
         for batch in batches:
             ...                      # forward, backward
@@ -29,9 +31,15 @@ class EpochBatches:
     """
 
     def __init__(
-        self, loader: Any, epoch: int, done: int, describe: Callable[[], str], show: bool
+        self,
+        loader: Any,
+        epoch: int,
+        done: int,
+        device: torch.device,
+        describe: Callable[[], str],
+        show: bool,
     ) -> None:
-        self.length = length_of(loader)
+        self.length, self.device = length_of(loader), device
         whole = done == self.length
         skips = set_epoch(loader, epoch, done)
         self.done = done if skips or whole else 0
@@ -46,11 +54,12 @@ class EpochBatches:
         )
         self._progress.set_postfix(describe)
         self._iterator = iter(self._progress)
-        self._next = next(self._iterator, _END)
+        self._next: Any = _NOT_ASKED
+        self.prefetch()
 
     @property
     def upcoming(self) -> Any:
-        """The next batch, after `prefetch`."""
+        """The next batch as the loader gave it, after `prefetch`."""
         return self._next
 
     @property
@@ -62,16 +71,19 @@ class EpochBatches:
         """The part of the epoch that lies before its batch number `batch`; 0 where the length is not known."""
         return batch / self.length if self.length else 0.0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[LabeledBatch]:
+        """Images are on the device; labels are where the loader left them, to be checked on the CPU."""
         while self._next is not _END:
-            batch, self._next = self._next, _NOT_ASKED
-            yield batch
+            batch, self._next = unpack_batch(self._next, "training"), _NOT_ASKED
+            yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
             if self._next is _NOT_ASKED:
                 self.prefetch()
 
     def prefetch(self) -> None:
         """Gets the next batch from the loader."""
         self._next = next(self._iterator, _END)
+        while self._next is not _END and is_empty(self._next):
+            self._next = next(self._iterator, _END)
         if (now := time.monotonic()) - self._shown_at > REFRESH:
             self._shown_at = now
             self._progress.set_postfix(self._describe)

@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +24,20 @@ from alexnet_mp.parallel.context import ParallelContext
 WANTED = "(images, labels) is needed"
 
 
-def unpack_batch(batch: Any, loader: str) -> tuple[Tensor, Tensor]:
-    """The images and labels of a batch (images, labels, ...).
+class LabeledBatch(NamedTuple):
+    """A batch of one rank, and its place in the global batch."""
 
-    Labels come as class numbers, int64 (N,), or as class probabilities, floating point (N, classes). ValueError, with the
-    name of the `loader`, where the batch is something else.
+    images: Tensor
+    labels: Tensor  # class numbers, int64 (N,), or class probabilities, floating point (N, classes)
+    rows: int  # of the global batch
+    first_row: int  # of this rank's rows in it
+
+
+def unpack_batch(batch: Any, loader: str) -> LabeledBatch:
+    """A loader's batch (images, labels, ...) as a LabeledBatch.
+
+    Its attributes `rows` and `first_row` say which part of the global batch it is; without them it is the whole. ValueError,
+    with the name of the `loader`, where it does not have images and labels.
     """
     if isinstance(batch, Mapping):
         keys = ", ".join(repr(key) for key in list(batch)[:8])
@@ -67,8 +76,19 @@ def unpack_batch(batch: Any, loader: str) -> tuple[Tensor, Tensor]:
     if labels.ndim == 1:
         if labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"the {loader} loader's labels are {_labels_text(labels)}")
-        return images, labels.long()
-    return images, labels if labels.is_floating_point() else labels.float()
+        labels = labels.long()
+    elif not labels.is_floating_point():
+        labels = labels.float()
+    rows, first_row = getattr(batch, "rows", len(labels)), getattr(batch, "first_row", 0)
+    return LabeledBatch(images, labels, rows, first_row)
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether no rank has an image of the global `batch`; False for what is no batch."""
+    try:
+        return not getattr(batch, "rows", len(batch[1]))
+    except (TypeError, IndexError, KeyError):
+        return False
 
 
 def _labels_text(labels: Tensor) -> str:
@@ -164,7 +184,7 @@ def check_images(images: Tensor, loader: str, model: nn.Module) -> None:
 
 def check_batch(batch: Any, loader: str, model: nn.Module, criterion: Any = None) -> None:
     """ValueError where `batch` is not one that `model` can take, as far as that can be told without running it."""
-    images, labels = unpack_batch(batch, loader)
+    images, labels, *_ = unpack_batch(batch, loader)
     if not len(images):
         return
     check_images(images, loader, model)
@@ -183,7 +203,7 @@ def check_first_batch(
     failure, shape, dtype, numbers = None, None, None, None
     try:
         check_batch(batch, "training", model, criterion)
-        images, labels = unpack_batch(batch, "training")
+        images, labels, *_ = unpack_batch(batch, "training")
         shape, dtype, numbers = list(images.shape), str(images.dtype), labels.tolist()
     except ValueError as error:
         failure = str(error)

@@ -85,6 +85,34 @@ def loss_of(criterion: Any, output: Any, labels: Tensor) -> Tensor:
     return loss.mean() if loss.ndim else loss
 
 
+def first_loss_of(criterion: Any, output: Any, labels: Tensor) -> Tensor:
+    """As `loss_of`; ValueError, in one line, where `criterion` does not take this output with these labels."""
+    try:
+        loss = loss_of(criterion, output, labels)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"the criterion, {type(criterion).__name__}, does not take the model's output, "
+            f"{described(output)}, with the loader's labels, {described(labels)}: {reason}"
+        ) from error
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss depends on no parameter that requires a gradient: all are frozen"
+        )
+    return loss
+
+
+def described(value: Any) -> str:
+    """A model's output or labels in a few words: type, and shape or parts."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if fields := getattr(value, "_fields", None):
+        return f"{type(value).__name__}({', '.join(fields)})"
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+
+
 def batch_sums(criterion: Any, loss: Tensor, labels: Tensor) -> list[Tensor | int]:
     """[summed loss, what it is to be divided by for the mean loss, images], of one batch.
 
@@ -192,7 +220,7 @@ def evaluate(
     sums = torch.zeros(5, dtype=torch.float64)  # loss, its weight, images, top-1, top-5
     with evaluation_mode(model):
         for batch in loader:
-            images, labels = unpack_batch(batch, name)
+            images, labels, *_ = unpack_batch(batch, name)
             if not len(labels):
                 continue
             with precision():

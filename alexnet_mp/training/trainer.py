@@ -8,11 +8,7 @@ and `_forward_backward` are the loop of a textbook; what all ranks must agree on
 from __future__ import annotations
 
 import contextlib
-import copy
-import inspect
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,30 +16,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alexnet_mp.config.progress import progress
-from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.ops.precision import LossScale, autocast
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.parallel.meter import EVALUATION
+from alexnet_mp.training.best_weights import BestWeights
 from alexnet_mp.training.diagnostics import Diagnostics
 from alexnet_mp.training.epoch_batches import EpochBatches
 from alexnet_mp.training.input_checks import (
+    LabeledBatch,
     check_first_batch,
     check_labels,
     check_loader,
-    unpack_batch,
 )
+from alexnet_mp.training.interrupts import on_interrupt
 from alexnet_mp.training.metrics import (
     EPOCH_HEADER,
     EpochMetrics,
     Scores,
     epoch_line,
     evaluate,
+    first_loss_of,
     in_float32,
     is_summed,
     logits_of,
@@ -57,6 +55,7 @@ from alexnet_mp.training.step_sync import (
     Stopped,
     until_stop_requested,
 )
+from alexnet_mp.training.wrapped_models import TrainingMode, notes_on, takes_dropout_keys, unwrap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,14 +142,14 @@ class Trainer:
         self.metrics = EpochMetrics(self.device)
         self.step_sync = StepSync(self.context, self.network, optimizer, self.loss_scale)
         self.diagnostics = Diagnostics(self.network, command_line)
-        self._best_weights: dict[str, Any] | None = None
-        self._last_weights: dict[str, Any] | None = None
+        self._weights = BestWeights(self.model)
+        self._training_mode = TrainingMode(self.model)
         self._checked: list[Any] = [None, None]  # the loaders whose first batch was looked at
         self._frozen: set[nn.Parameter] = set()  # by the schedule
-        self._evaluating: list[nn.Module] = []  # submodules that the user keeps in evaluation mode
         self._loss_checked = False
         self._validation_seconds = 0.0
-        for note in notes_on(model, self._takes_keys, seed):
+        self._sent_before = 0  # bytes, before the current step
+        for note in notes_on(model, seed):
             self._print(f"note: {note}")
 
     # --- the loop
@@ -167,12 +166,13 @@ class Trainer:
         look = self._checked[1] is not val_loader
         check_loader(val_loader, "validation", self.network, self.context, self.criterion, look)
         self._checked[1] = val_loader
-        self._put_back_last_weights()
+        if not self._weights.put_back_last():
+            self._print("note: the weights were changed after train(), which goes on from them")
         self.stopping = False
         last = self.epoch + epochs
         if epochs:
             self._print(EPOCH_HEADER)
-        with stop_on_interrupt(self) as interrupts, self._counting_what_was_done(interrupts):
+        with on_interrupt(self._request_stop) as interrupts, self._counters_kept(interrupts):
             while self.epoch < last and not self.stopped_early:
                 if not self._train_epoch(train_loader):
                     break
@@ -196,65 +196,24 @@ class Trainer:
         with contextlib.closing(self._start_epoch(loader)) as batches:
             for batch in batches:
                 self.schedule.advance(self.epoch + batches.fraction(self.batch))
-                if not self._forward_backward(batch):
-                    continue  # it had no images
-                batches.prefetch()  # while the ranks' flags are on their way
+                self._start_step(batch.rows)
+                with autocast(self.device, self.precision):
+                    output = self.replica(batch.images, *self._dropout_keys(batch))
+                loss, sums = self._loss(output, batch.labels)
+                torch.autograd.backward(self._share(loss, batch.rows) * self.loss_scale.scale)
+                self._send_flags(loss, sums)
+                batches.prefetch()  # while the flags are on their way
                 self._update()
                 if not batches.at_end and not self._goes_on():
                     return False
-        self._record(self.step_sync.resolve_pending())
-        self.metrics.end_lap()
-        if not self.metrics.steps:
-            again = "; a generator gives its batches once only" if self.epoch else ""
-            raise ValueError(
-                f"the training loader gave no batches with images in epoch {self.epoch + 1}{again}"
-            )
+        self._end_steps()
         return True
-
-    def _forward_backward(self, batch: Any) -> bool:
-        """Forward and backward of one batch, then its flags leave. False for a batch without images."""
-        images, labels = unpack_batch(batch, "training")
-        rows, first_row = getattr(batch, "rows", len(labels)), getattr(batch, "first_row", 0)
-        if not rows:
-            self.batch += 1
-            return False
-        self.context.status = f"step {self.step + 1}"
-        sent_before = self.context.meter.total_bytes()
-        self.model.zero_grad(set_to_none=True)  # weights that the optimizer does not have, too
-        self.optimizer.zero_grad(set_to_none=True)
-        images = images.to(self.device, non_blocking=True)
-        with autocast(self.device, self.precision):
-            output = self.replica(images, *self._dropout_keys(images, first_row))
-        output = in_float32(output)
-        logits = logits_of(output)  # (N, classes)
-        check_labels(labels, logits.shape[1], "training", self.criterion)
-        labels = labels.to(self.device, non_blocking=True)
-        loss = self._loss(output, labels)
-        # The sum over this rank's rows, divided by the whole batch: right for uneven tails too. DDP averages its ranks'
-        # gradients, so that is undone.
-        share = loss / rows * self.context.data_ranks if is_summed(self.criterion) else loss
-        torch.autograd.backward(share * self.loss_scale.scale)
-        sent = self.context.meter.total_bytes() - sent_before
-        self.largest_step_bytes = max(self.largest_step_bytes, sent)
-        sums = self.metrics.batch(self.criterion, loss, logits, labels)
-        step = self.step_sync.start(
-            self.step + 1, self.epoch + 1, self.lr, loss, sums, self.stop_requested
-        )
-        self.diagnostics.record(step.names, step.norms, logits.shape[1])
-        self.images_seen += rows
-        return True
-
-    def _update(self) -> None:
-        """The optimizer's step, unless something is not finite on some rank."""
-        self.step, self.batch = self.step + 1, self.batch + 1
-        self._record(self.step_sync.finish())
-        self.schedule.end_step()
 
     # --- its parts
 
     def _start_epoch(self, loader: Any) -> EpochBatches:
         """Sets modes and rates for the rest of the current epoch; its batches, the first of which is one the model can take."""
-        self._set_training_mode()
+        self._training_mode.set()
         self.schedule.advance(self.epoch)
         self._freeze_conv1()
         augment: Any = getattr(loader, "augment", None)
@@ -267,7 +226,7 @@ class Trainer:
             speed = (self.images_seen - seen) / (time.perf_counter() - began)
             return f"loss {self.metrics.mean_loss():.3f}, {speed:,.0f} images/s"
 
-        batches = EpochBatches(loader, self.epoch, self.batch, text, self.verbose)
+        batches = EpochBatches(loader, self.epoch, self.batch, self.device, text, self.verbose)
         if batches.done != self.batch:  # the loader cannot leave them out: the epoch begins again
             self.batch, self.metrics = 0, EpochMetrics(self.device)
         if self.batch:  # resumed, perhaps after the epoch's last step: the rate that step had
@@ -276,15 +235,6 @@ class Trainer:
             check_first_batch(batches.upcoming, self.network, self.context, self.criterion)
             self._checked[0] = loader
         return batches
-
-    def _set_training_mode(self) -> None:
-        """Training mode for all but the submodules that the user has put into evaluation mode."""
-        if self.model.training:
-            self._evaluating = [module for module in self.model.modules() if not module.training]
-        else:  # the whole model was evaluated meanwhile
-            self.model.train()
-            for module in self._evaluating:
-                module.training = False
 
     def _freeze_conv1(self) -> None:
         """Takes conv1 out of autograd at the epoch at which the schedule freezes it: no gradient, no step, no decay.
@@ -301,33 +251,54 @@ class Trainer:
             # DistributedDataParallel asks once which gradients it will get
             self.replica = self.context.wrap_ddp(self.model)
 
-    def _dropout_keys(self, images: Tensor, first_row: int) -> tuple[Tensor, ...]:
-        """The dropout keys of these rows for our own network; other modules take images only."""
+    def _start_step(self, rows: int) -> None:
+        """No gradient is left from the step before, also of weights that the optimizer does not have."""
+        self.images_seen += rows
+        self.context.status = f"step {self.step + 1}"
+        self._sent_before = self.context.meter.total_bytes()
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _dropout_keys(self, batch: LabeledBatch) -> tuple[Tensor, ...]:
+        """The dropout keys of a batch's rows for our own network; other modules take images only."""
         if not self._takes_keys:
             return ()
-        rows = torch.arange(first_row, first_row + len(images), device=self.device)
+        end = batch.first_row + len(batch.images)
+        rows = torch.arange(batch.first_row, end, device=self.device)
         return (dropout_keys(self.seed, self.step, rows),)
 
-    def _loss(self, output: Any, labels: Tensor) -> Tensor:
-        """The loss of a batch; ValueError, at the first one, where the criterion does not take these outputs and labels."""
-        if self._loss_checked:
-            return loss_of(self.criterion, output, labels)
-        try:
-            loss = loss_of(self.criterion, output, labels)
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
-                f"the criterion, {type(self.criterion).__name__}, does not take the model's output, "
-                f"{described(output)}, with the loader's labels, {described(labels)}: {reason}"
-            ) from error
-        if not loss.requires_grad:
-            raise ValueError(
-                "the loss depends on no parameter that requires a gradient: all are frozen"
-            )
+    def _loss(self, output: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of this rank's rows, and what they add to the epoch's sums."""
+        output = in_float32(output)
+        logits = logits_of(output)  # (N, classes)
+        check_labels(labels, logits.shape[1], "training", self.criterion)
+        labels = labels.to(self.device, non_blocking=True)
+        loss = (loss_of if self._loss_checked else first_loss_of)(self.criterion, output, labels)
         self._loss_checked = True
-        return loss
+        self.diagnostics.classes = logits.shape[1]
+        return loss, self.metrics.batch(self.criterion, loss, logits, labels)
+
+    def _share(self, loss: Tensor, rows: int) -> Tensor:
+        """This rank's share of the mean loss over the `rows` of the global batch.
+
+        A sum is divided by the whole batch: right for uneven tails too. DDP averages its ranks' gradients, so that is undone.
+        """
+        return loss / rows * self.context.data_ranks if is_summed(self.criterion) else loss
+
+    def _send_flags(self, loss: Tensor, sums: Tensor) -> None:
+        """Tells the other ranks of this step, without waiting for their answer."""
+        sent = self.context.meter.total_bytes() - self._sent_before
+        self.largest_step_bytes = max(self.largest_step_bytes, sent)
+        step = self.step_sync.start(
+            self.step + 1, self.epoch + 1, self.lr, loss, sums, self.stop_requested
+        )
+        self.diagnostics.record(step.names, step.norms)
+
+    def _update(self) -> None:
+        """The optimizer's step, unless something is not finite on some rank."""
+        self.step, self.batch = self.step + 1, self.batch + 1
+        self._record(self.step_sync.finish())
+        self.schedule.end_step()
 
     def _record(self, outcome: Outcome | None) -> None:
         """Adds a step whose outcome is known to the epoch's figures."""
@@ -345,6 +316,16 @@ class Trainer:
         if save and not stop and self.on_save is not None:
             self.on_save()
         return not stop
+
+    def _end_steps(self) -> None:
+        """All steps of the epoch are done, and count."""
+        self._record(self.step_sync.resolve_pending())
+        self.metrics.end_lap()
+        if not self.metrics.steps:
+            again = "; a generator gives its batches once only" if self.epoch else ""
+            raise ValueError(
+                f"the training loader gave no batches with images in epoch {self.epoch + 1}{again}"
+            )
 
     def _end_epoch(self, scores: Scores) -> None:
         """Validation is done: record, decide, save, print."""
@@ -373,7 +354,7 @@ class Trainer:
         if improved:
             self.best = {"val_loss": scores.loss, "epoch": self.epoch}
             if self.restore_best_weights:
-                self._best_weights = copy_of_weights(self.model)
+                self._weights.keep()
         if self.on_epoch is not None:
             self.on_epoch(record, improved)
         self._print(epoch_line(record) + ("  best" if improved else ""))
@@ -407,27 +388,16 @@ class Trainer:
 
     # --- weights and interrupts
 
-    def _load_best_weights(self) -> None:
-        """Puts the best epoch's weights into the model and keeps the last ones for the next call of `train`."""
-        if self._best_weights is not None and (self.best["epoch"], 0) != (self.epoch, self.batch):
-            self._last_weights = copy_of_weights(self.model)
-            self.model.load_state_dict(self._best_weights)
+    def _request_stop(self) -> None:
+        self.stop_requested = True
 
-    def _put_back_last_weights(self) -> None:
-        """Training goes on from the last weights, unless the user has changed the model since."""
-        if self._last_weights is None:
-            return
-        best = self._best_weights or {}
-        here = self.model.state_dict()
-        if all(same(value, best.get(name)) for name, value in here.items()):
-            self.model.load_state_dict(self._last_weights)
-        else:
-            self._print("note: the weights were changed after train(), which goes on from them")
-        self._last_weights = None
+    def _load_best_weights(self) -> None:
+        if (self.best["epoch"], 0) != (self.epoch, self.batch):  # else the model has them
+            self._weights.load_best()
 
     @contextlib.contextmanager
-    def _counting_what_was_done(self, interrupts: list[int]) -> Iterator[None]:
-        """Sees to it that after an error or an interrupt the counters are those of the steps that were taken."""
+    def _counters_kept(self, interrupts: list[int]) -> Iterator[None]:
+        """After an error or an interrupt the counters are those of the steps that were taken."""
         try:
             yield
         except (
@@ -450,7 +420,7 @@ class Trainer:
 
     def _interrupt_text(self) -> str:
         best = f"the best weights, of epoch {self.best['epoch']}"
-        weights = best if self._best_weights is not None else "its last weights"
+        weights = "its last weights" if self._weights.best is None else best
         return f"interrupted after step {self.step}: the model has {weights}; train() goes on from the last"
 
     def _print(self, text: str) -> None:
@@ -535,7 +505,7 @@ class Trainer:
             "tally": self.metrics.state_dict(self.context.all_reduce_replicas),
         }
         if self.restore_best_weights:
-            state |= {"best_weights": self._best_weights, "last_weights": self._last_weights}
+            state["weights"] = self._weights.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -547,86 +517,5 @@ class Trainer:
         if self.early_stopping and state["early_stopping"]:
             self.early_stopping.load_state_dict(state["early_stopping"])
         self.metrics.load_state_dict(state["tally"], first_copy=self.context.data_rank == 0)
-        if self.restore_best_weights:
-            self._best_weights = state.get("best_weights")
-            self._last_weights = state.get("last_weights")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and torch.compile."""
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def takes_dropout_keys(network: nn.Module) -> bool:
-    """Whether it is an AlexNet that is called as one: a subclass may have a forward without keys."""
-    return isinstance(network, AlexNet) and "keys" in inspect.signature(network.forward).parameters
-
-
-def notes_on(model: nn.Module, takes_keys: bool, seed: int | None) -> list[str]:
-    """What a user should know of how this model will be trained."""
-    notes = []
-    if isinstance(model, DistributedDataParallel):
-        notes.append(
-            "the model came in DistributedDataParallel: each rank prints, stops and keeps its best weights "
-            "by its own validation loss, so give all ranks the same validation images"
-        )
-    if seed is not None and not takes_keys:
-        notes.append(
-            f"seed {seed} changes nothing: {type(unwrap(model)).__name__} has dropout of its own"
-        )
-    return notes
-
-
-def described(value: Any) -> str:
-    """A model's output or labels in a few words: type, and shape or parts."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    if fields := getattr(value, "_fields", None):
-        return f"{type(value).__name__}({', '.join(fields)})"
-    return f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
-
-
-def copy_of_weights(model: nn.Module) -> dict[str, Any]:
-    """The state dict, copied to the CPU."""
-    return {
-        name: value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for name, value in model.state_dict().items()
-    }
-
-
-def same(value: Any, copied: Any) -> bool:
-    """Whether an entry of a state dict is still what was copied; entries that are no tensors count as the same."""
-    if not isinstance(value, Tensor):
-        return True
-    return isinstance(copied, Tensor) and torch.equal(value.detach().cpu(), copied)
-
-
-@contextlib.contextmanager
-def stop_on_interrupt(trainer: Trainer) -> Iterator[list[int]]:
-    """Within it a first SIGINT asks `trainer` to stop after the step; a second raises KeyboardInterrupt. Gives the first.
-
-    Handlers that somebody has installed, as launch/ does, are left alone.
-    """
-    seen: list[int] = []
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield seen
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if seen:
-            signal.default_int_handler(number, frame)
-        seen.append(number)
-        trainer.stop_requested = True
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if "weights" in state:
+            self._weights.load_state_dict(state["weights"])

@@ -1,4 +1,4 @@
-"""Generated and downloaded sets: the same for every rank, made once, and told in one line where they cannot be had."""
+"""Drawn and downloaded sets are made once, the same for every rank; else one line says why."""
 
 import gzip
 from pathlib import Path
@@ -11,7 +11,7 @@ from image_sets import levels, make_folder
 from ranks import process_group, run
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import downloads, folder_cache, load, store_format, synthetic
+from alexnet_mp.data import downloads, folder_cache, load, load_split, store_format, synthetic
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -53,7 +53,34 @@ def test_shapes_are_generated_once_for_each_seed(
     assert torch.equal(load(DataConfig(), 0, side=32).train.gather([0]), first.train.gather([0]))
 
 
-def test_no_two_images_of_the_shapes_are_alike_within_or_between_the_splits(
+def test_a_limit_of_few_shapes_draws_only_those_and_keeps_nothing_on_disk(
+    few_shapes: None, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"limit_train": 12, "limit_val": 6, "limit_test": 5}
+    drawn, draw = [], synthetic.draw
+    monkeypatch.setattr(synthetic, "draw", lambda *args: (drawn.append(args[1:]), draw(*args))[1])
+    few = load(DataConfig(**limits), 3, side=32)
+    assert len(drawn) == 23 and not cache.exists()
+    monkeypatch.setattr(synthetic, "FEW", 0.0)  # from now on all are drawn, and some are taken
+    many = load(DataConfig(**limits), 3, side=32)
+    assert len(drawn) == 23 + 108 and cache.exists()
+    for split in ("train", "val", "test"):
+        one, other = getattr(few, split), getattr(many, split)
+        assert one.labels.tolist() == other.labels.tolist()
+        assert torch.equal(one.gather(range(len(one))), other.gather(range(len(one))))
+    with pytest.raises(ValueError, match="--limit-val 25: there are 24 images"):
+        load(DataConfig(limit_val=25), 0)
+
+
+def test_one_split_of_the_shapes_draws_only_that_one(few_shapes: None, cache: Path) -> None:
+    test = load_split(DataConfig(), "test", 0, side=32)
+    assert [path.name[-5:] for path in cache.iterdir()] == ["-test"] and len(test) == 24
+    assert torch.equal(
+        test.gather(range(24)), load(DataConfig(), 0, side=32).test.gather(range(24))
+    )
+
+
+def test_no_two_images_of_the_shapes_are_alike_in_any_split(
     few_shapes: None,
 ) -> None:
     splits = load(DataConfig(), 0, side=32)
@@ -115,7 +142,7 @@ def test_offline_cifar_10_is_one_line_with_the_way_out(
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
     with pytest.raises(
         ValueError,
-        match=r"--data-dir .*cifar: .*https://.*cifar-10-python.tar.gz.*name resolution.*put cifar-10-python",
+        match=r"--data-dir .*cifar: .*https://.*cifar-10-python.tar.gz.*resolution.*put cifar-10",
     ) as caught:
         load(DataConfig(data="cifar10", data_dir=str(tmp_path / "cifar")), 0)
     assert "\n" not in str(caught.value)
@@ -145,6 +172,25 @@ def test_cifar_10_is_read_from_torchvisions_files(
         torch.equal(splits.test.gather([7]).flatten(), torch.from_numpy(rows["test_batch"][7]))
         and splits.test.labels[7] == 7
     )
+
+
+@pytest.mark.parametrize("validation, sizes", [("held-out", [30, 10, 40]), ("val", [40, 40, 40])])
+def test_fashion_mnist_validates_as_asked(
+    tmp_path: Path, validation: str, sizes: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_fashion(tmp_path / "set")
+    config = DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set"), validation=validation)
+    splits = load(config, 0, progress=True)
+    assert [len(store) for store in (splits.train, splits.val, splits.test)] == sizes
+    assert "train: Fashion-MNIST's train images; validation: " in capsys.readouterr().out
+
+
+def test_one_split_of_fashion_mnist_needs_only_its_files(tmp_path: Path) -> None:
+    make_fashion(tmp_path / "set")
+    for file in (tmp_path / "set").glob("train-*"):
+        file.unlink()
+    config = DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set"))
+    assert len(load_split(config, "test", 0)) == 40
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -195,7 +241,7 @@ def test_offline_fashion_mnist_is_one_line_with_the_way_out(
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
     with pytest.raises(
         ValueError,
-        match=r"--data-dir .*cannot be downloaded.*apt-get install dataset-fashion-mnist, or use --data shapes",
+        match=r"--data-dir .*cannot be downloaded.*apt-get install dataset-fashion-mnist, or use",
     ):
         load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set")), 0)
 
@@ -212,7 +258,7 @@ def test_the_real_fashion_mnist_is_found_without_a_download(tmp_path: Path) -> N
 
 
 def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int]:
-    """What `ParallelContext.run_once_per_host` does, in short; counts the packings that this rank did."""
+    """Loads as `ParallelContext.run_once_per_host` would; counts the packings of this rank."""
     packed = []
     pack = folder_cache.pack_split
     folder_cache.pack_split = lambda *args, **options: (

@@ -1,5 +1,6 @@
 """Folders of images as people have them: which folder is which split, and what is refused how."""
 
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Splits, load, load_split
 from alexnet_mp.data.folder_layout import list_source
 
+TINY_100 = Path(__file__).resolve().parents[3] / "shared/data/tiny-imagenet-100.tar.gz"
 pytestmark = pytest.mark.usefixtures("cache")
 Output = pytest.CaptureFixture[str]
 
@@ -296,6 +298,27 @@ def test_a_detection_set_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "set" / "train" / "labels").mkdir()
     (tmp_path / "set" / "train" / "labels" / "1.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     assert "images beside labels are a detection set's" in message(tmp_path / "set")
+
+
+@pytest.mark.skipif(not TINY_100.is_file(), reason=f"{TINY_100} is not there")
+def test_real_photographs_of_two_classes_are_listed_and_held_out(tmp_path: Path) -> None:
+    wanted = {"n01443537": 40, "n01641577": 40}
+    with tarfile.open(TINY_100, "r|gz") as archive:
+        for member in archive:
+            split, wnid, *_ = Path(member.name).parts
+            if (
+                split == "train"
+                and wanted.get(wnid, 0)
+                and (content := archive.extractfile(member))
+            ):
+                wanted[wnid] -= 1
+                (tmp_path / "set" / split / wnid).mkdir(parents=True, exist_ok=True)
+                (tmp_path / "set" / member.name).write_bytes(content.read())
+            if not any(wanted.values()):
+                break
+    splits = load_folder(tmp_path / "set")
+    assert sizes(splits) == [64, 8, 8] and splits.train.sides == (64,)
+    assert splits.train.classes == ("n01443537", "n01641577")
 
 
 # ---- names and paths -----------------------------------------------------------------------------

@@ -1,7 +1,10 @@
-"""Folders of images: what counts as one, what is refused, and how a file becomes a stored image."""
+"""An image folder is listed, packed once, and refused in one line where it cannot be trained on."""
 
+import os
 import tarfile
+import tracemalloc
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import decode, decode_pool, folder_cache, load, store_format
+from alexnet_mp.data.image_folder import list_split
 
 CIFAR_JPEG = Path(__file__).resolve().parents[3] / "shared/data/cifar10-jpeg.tar.gz"
 IMAGENET = Path(__file__).resolve().parents[3] / "shared/data/imagenet-samples.tar"
@@ -41,7 +45,7 @@ def test_classes_are_the_folders_sorted_by_name(tmp_path: Path) -> None:
     )  # of ant, which was written last
 
 
-def test_hidden_files_and_those_of_a_mac_archive_are_no_images_and_no_classes(
+def test_hidden_files_and_those_of_a_mac_archive_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_folder(tmp_path / "set")
@@ -53,7 +57,7 @@ def test_hidden_files_and_those_of_a_mac_archive_are_no_images_and_no_classes(
     assert "ignored 4 hidden files or folders, 1 files whose names" in capsys.readouterr().out
 
 
-def test_extensions_are_known_in_either_case_and_content_decides_how_to_decode(
+def test_extensions_count_in_either_case_and_content_decides_the_format(
     tmp_path: Path,
 ) -> None:
     root = make_folder(tmp_path / "set")
@@ -82,7 +86,7 @@ def test_a_bad_file_is_named_with_the_reason(
     assert "\n" not in str(caught.value)
 
 
-def test_several_bad_files_are_told_at_once_and_nothing_unfinished_passes_for_a_cache(
+def test_several_bad_files_are_named_at_once_and_no_cache_is_left(
     tmp_path: Path, cache: Path
 ) -> None:
     root = make_folder(tmp_path / "set")
@@ -159,7 +163,7 @@ def test_a_changed_folder_is_packed_again_and_the_old_pack_is_named(
     assert out.count("has changed") == 1
 
 
-def test_what_was_packed_before_a_damaged_file_stopped_it_is_not_decoded_again(
+def test_shards_before_a_damaged_file_are_not_decoded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_format, "SHARD", 4)
@@ -197,6 +201,47 @@ def test_a_stored_set_is_read_from_its_folder(tmp_path: Path) -> None:
     splits = load(DataConfig(data="store", data_dir=str(tmp_path / "set")), 0)
     assert [len(store) for store in (splits.train, splits.val, splits.test)] == [36, 4, 40]
     assert torch.equal(splits.test.gather([5]), random_store(seed=1).gather([5]))
+
+
+def test_a_listing_takes_bytes_and_not_objects_for_each_image(tmp_path: Path) -> None:
+    original = write_image(tmp_path / "a.png")
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for k in range(2000):
+            os.link(original, tmp_path / "set" / name / f"n01440764_{k:05}.JPEG")
+    tracemalloc.start()
+    listing = list_split(tmp_path / "set")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(listing) == 4000 and listing.name(3999) == "dog/n01440764_01999.JPEG"
+    assert kept / 4000 < 100 and peak < 4e6  # 1.3 million images: 130 MB
+
+
+def test_a_listings_digest_tells_names_sizes_times_and_classes_apart(tmp_path: Path) -> None:
+    def digests(change: Callable[[Path], object]) -> tuple[str, str, str]:
+        root = make_folder(tmp_path / str(len(list(tmp_path.iterdir()))), ("",))
+        for file in root.rglob("*.png"):
+            os.utime(file, ns=(10**18, 10**18))
+        change(root)
+        listing = list_split(root)
+        return listing.digest(), listing.digest(range(10)), listing.digest(range(10, 20))
+
+    def write(root: Path) -> None:
+        (root / "dog" / "9.png").write_bytes(b"other")
+        os.utime(root / "dog" / "9.png", ns=(10**18, 10**18))
+
+    same = digests(lambda root: None)
+    assert digests(lambda root: None) == same and same[1] != same[2]
+    for change in (
+        write,
+        lambda root: os.utime(root / "dog" / "9.png", ns=(10**18, 10**18 + 1)),
+        lambda root: (root / "dog" / "9.png").rename(root / "dog" / "91.png"),
+        lambda root: (root / "dog").rename(root / "eel"),
+    ):
+        whole, first, second = digests(change)
+        assert whole != same[0] and first == same[1] and second != same[2]
+    added = digests(lambda root: write_image(root / "ant" / "0.png"))
+    assert added[0] != same[0]
 
 
 def pixel(path: Path) -> list[int]:
@@ -263,7 +308,8 @@ def test_odd_metadata_neither_warns_nor_fails(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "set")
     path = write_image(root / "train" / "cat" / "odd.jpg")
     content = path.read_bytes()
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0"  # announces five entries and ends in the first
+    # It announces five entries and ends in the first.
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0"
     path.write_bytes(
         content[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + content[2:]
     )

@@ -1,4 +1,4 @@
-"""Every kind of file that folders of images hold in the field, each made here: read as what it shows, or named with the reason."""
+"""Image files of every kind are read as what they show, or named with the reason."""
 
 import struct
 import time
@@ -54,7 +54,7 @@ def png(
     )
 
 
-# ---- colors ---------------------------------------------------------------------------------------------------------------
+# ---- colors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_sixteen_bits_a_channel_are_scaled(
     assert color(tmp_path / "a.png") == pytest.approx(expected, abs=1)
 
 
-def test_floating_point_levels_are_refused_because_their_scale_is_not_known(tmp_path: Path) -> None:
+def test_floating_point_levels_of_unknown_scale_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "a.tif")
     assert "floating point" in try_read(tmp_path / "a.tif")
 
@@ -129,7 +129,7 @@ def test_hidden_colors_of_transparent_pixels_do_not_appear(
     assert color(tmp_path / name) == [255] * 3
 
 
-# ---- formats ---------------------------------------------------------------------------------------------------------------
+# ---- formats -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "a.mpo"])
@@ -237,7 +237,7 @@ def test_a_file_that_may_not_be_read_is_named_with_the_systems_reason(
     assert try_read(path) == "Permission denied"
 
 
-# ---- sizes -----------------------------------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(20000, 3), (3, 20000), (1, 1), (5000, 1)])
@@ -283,6 +283,21 @@ def test_a_giant_jpeg_is_decoded_at_a_fraction_of_its_size(
     assert sizes == [(3, 750, 1125)]
 
 
+@pytest.mark.parametrize("side, decoded", [(1024, 512), (1030, 515), (2047, 1024), (2048, 512)])
+def test_a_large_jpeg_is_decoded_at_no_less_than_twice_the_stored_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, decoded: int
+) -> None:
+    Image.new("L", (side, side), 90).save(tmp_path / "a.jpg")
+    sizes, square = [], decode._center_square
+    monkeypatch.setattr(
+        decode,
+        "_center_square",
+        lambda pixels: (sizes.append(pixels.shape[-1]), square(pixels))[1],
+    )
+    read_image(tmp_path / "a.jpg")
+    assert sizes == [decoded]
+
+
 def test_images_of_many_pixels_are_decoded_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +326,7 @@ def test_an_image_smaller_than_the_crop_gets_no_black_border(tmp_path: Path) -> 
             assert (reds == reds[:, :, :1, :1]).all() and reds.shape[2:] == (227, 227)
 
 
-# ---- EXIF ------------------------------------------------------------------------------------------------------------------
+# ---- EXIF ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

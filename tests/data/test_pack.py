@@ -108,10 +108,11 @@ def test_a_jpeg_store_is_smaller_and_nearly_the_same(tmp_path: Path) -> None:
     assert np.abs(stored.astype(int) - picture).mean() < 3
 
 
-def test_statistics_come_with_the_store_and_are_those_that_would_be_measured(
-    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("encode", ["raw", "jpeg"])
+def test_stored_statistics_are_those_that_would_be_measured(
+    tmp_path: Path, encode: str, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack(noisy_folder(tmp_path / "set"), tmp_path / "store")
+    pack(noisy_folder(tmp_path / "set"), tmp_path / "store", encode=encode)
     store = Store.open(tmp_path / "store" / "train")
     in_memory = Store(store.shelves, store.labels, store.classes, store.places)
     most = np.arange(60) % 10 != 3
@@ -298,6 +299,63 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
     ):
         pack(source, tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_room_that_a_begun_store_takes_already_is_not_asked_for_again(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = noisy_folder(tmp_path / "set")
+    stopped(monkeypatch, source, tmp_path / "store", after=110)
+    there = sum(path.stat().st_size for path in (tmp_path / "store").rglob("images-*.npy"))
+    whole = 2 * 20 * 3 * (30**2 + 31**2 + 32**2)
+    usage = shutil.disk_usage(tmp_path)
+    lines: list[str] = []
+    for room, fits in ((whole - there - 1000, False), (whole - there + 1000, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, room=room: usage._replace(free=room))
+        with (
+            contextlib.nullcontext() if fits else pytest.raises(ValueError, match="are free there")
+        ):
+            pack(source, tmp_path / "store", say=lines.append)
+    assert "about 346 kB, of which" in lines[0]
+
+
+def test_what_is_promised_is_on_the_disk_before_the_promise(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard before its manifest, all before the header, the header before the store counts as finished."""
+    events: list[tuple[str, str]] = []
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def name(descriptor: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("sync", name(fd))), fsync(fd))[1])
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda old, new: (events.append((Path(old).name, Path(new).name)), replace(old, new))[1],
+    )
+
+    def record_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == dataset_packer.UNFINISHED:
+            events.append(("unlink", path.name))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", record_unlink)
+    pack(noisy_folder(tmp_path / "set"), tmp_path / "store")
+    train, test = [], []
+    for number in range(-(-60 // 16)):
+        manifest = f".manifest-{number:05d}"
+        train += [f"images-{number:05d}.npy", f"{manifest}.npz", f"{manifest}.json"]
+        test += [f"images-{number:05d}.npy", f"{manifest}.json"]
+    train += ["paths.json", "sums.npz", "labels.npy", "places.npy", "header.json"]
+    test += ["paths.json", "labels.npy", "places.npy", "header.json"]
+    renamed = [new for old, new in events if old.endswith(".tmp")]
+    assert renamed == ["unfinished.json", *train, *test]
+    for number, (old, new) in enumerate(events):
+        if old.endswith(".tmp"):  # its content is on the disk before, and its new name after
+            assert ("sync", old) in events[:number] and events[number + 1][0] == "sync", new
+    assert events[-2:] == [("unlink", "unfinished.json"), ("sync", "store")]
 
 
 def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(

@@ -37,7 +37,7 @@ POINTS = {  # name -> (where the attribute is, its name): what is about to begin
         "load",
     ),  # within it, on the one rank that works while the others wait
     "batch": (alexnet_mp.training.trainer, "check_first_batch"),
-    "step": (alexnet_mp.training.trainer.Trainer, "_forward_backward"),
+    "step": (alexnet_mp.training.trainer.Trainer, "_start_step"),
     "flags": (alexnet_mp.training.trainer.StepSync, "start"),
     "exchange": (alexnet_mp.parallel.exchange.GroupLink, "start_exchange"),
     "update": (alexnet_mp.training.trainer.Trainer, "_update"),
