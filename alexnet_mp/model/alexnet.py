@@ -7,6 +7,7 @@ others in conv3, fc6 and fc7 only; where they come from is the business of `cros
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -147,6 +148,41 @@ class AlexNet(nn.Module):
         x = self._dropout("fc6", self._activate(self._layer("fc6", x)), keys)  # 2048
         x = self._dropout("fc7", self._activate(self._layer("fc7", x)), keys)  # 2048
         return self.link.sum("fc8", self._layer("fc8", x))  # 1000: the sum of the columns' shares
+
+    def features(self, images: Tensor, layer: str = "fc7") -> Tensor:
+        """The output of `layer`, conv5, fc6 or fc7, for images (N, 3, S, S): (N, values).
+
+        That is what the next layer reads, after pooling, ReLU and, in a network with dropout as of
+        2012, its factor of 0.5; the columns side by side: 9,216, 4,096 and 4,096 values in the
+        paper's network. ValueError for other layers, in training mode, or where columns are on
+        other ranks.
+        """
+        return self.logits_and_features(images, layer)[1]
+
+    @torch.no_grad()
+    def logits_and_features(self, images: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+        """The logits (N, classes) and `features` of one pass."""
+        names = self.config.layers
+        readers = {name: reader for name, reader in itertools.pairwise(names) if reader[:2] == "fc"}
+        if layer not in readers:
+            raise ValueError(f"layer {layer}: features are those of {', '.join(readers)}")
+        if self.training:
+            raise ValueError("features: call model.eval() first, dropout would change them")
+        if len(self.columns) < self.config.columns:
+            raise ValueError("features: some columns are on other ranks; load the whole network")
+        inputs: list[Tensor] = []
+        hooks = [
+            column.get_submodule(readers[layer]).register_forward_pre_hook(
+                lambda _, arguments: inputs.append(arguments[0])
+            )
+            for column in self.columns.values()
+        ]
+        try:
+            logits: Tensor = self(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits, torch.cat(inputs, 1)
 
     def _layer(self, name: str, x: list[Tensor]) -> list[Tensor]:
         """Layer `name` of every column. A crossing gets the other columns' outputs as well."""

@@ -263,7 +263,7 @@ def halos(
         if columns == 2:
             found.append((none, edge) if i == 0 else (edge, none))
             continue
-        parts = list(edge.split(half, 1))  # first and last of column 0, of column 1, ...
+        parts = list(torch.split(edge, half, 1))  # first and last of column 0, of column 1, ...
         before = parts[2 * (i - 1) + 1] if i > 0 else none
         after = parts[2 * i] if i < columns - 1 else none
         found.append((before, after))

@@ -80,6 +80,8 @@ class _Array:
 
 def _frombuffer(content: Any, kind: Any, shape: Any, order: Any) -> _Array:
     """Stands for the function with which protocol 5 makes an array."""
+    if not isinstance(content, (bytes, bytearray)):
+        raise pickle.UnpicklingError("an array without content")
     array = _Array()
     array.__setstate__((1, shape, kind, order == "F", bytes(content)))
     return array
