@@ -160,6 +160,7 @@ def start_server() -> None:
                 *_LIBRARIES,
                 __name__,
                 *filter(can_be_imported, ("alexnet_mp" + name for name in _PACKAGE)),
+                "rank_warmup",
             ]
         )
     outside = dict(os.environ)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from alexnet_mp.cli.parser import is_main_process, parse_request
+from alexnet_mp.cli.flags import is_main_process, parse_request
 from alexnet_mp.cli.process import printing_json
 from alexnet_mp.config import Config
 from alexnet_mp.config.arguments import CheckRequest
@@ -15,7 +15,8 @@ from alexnet_mp.training.machine_check import Row, run_checks, versions
 
 DESCRIPTION = """Tells in under a minute whether training will work on this machine, and how fast:
 `torchrun --nproc_per_node=2 launch/check.py`. Compares the exchange with one device, forward and
-backward, in each precision; measures the link, images/s, limits. Paste its output into a bug report.
+backward, in each precision; measures the link, images/s, limits. Paste its output into a
+bug report.
 Exit code 1 where a check fails; its row names the remedy."""
 
 REMEDIES = (

@@ -1,7 +1,8 @@
-"""The table of commands, and how one is run: `python -m alexnet_mp NAME`, which `launch/NAME.py` calls too.
+"""The table of commands, for `python -m alexnet_mp NAME` and for `launch/NAME.py`.
 
-A command is a function `NAME(argv) -> exit code` in the module that the table names. It is imported only when it is
-run, so that `--help` does not wait for torch. To add a command, write the function, a line here, and a launch/NAME.py.
+A command is a function `NAME(argv) -> exit code` in the module that the table names. It is imported
+only when it is run, so that `--help` does not wait for torch. To add a command, write the function,
+a line here, and a launch/NAME.py.
 """
 
 from __future__ import annotations

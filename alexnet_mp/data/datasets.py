@@ -69,6 +69,9 @@ def load(
     no pixel that the network sees. None: full size.
 
     Raises ValueError or FileNotFoundError with one line that names the flag or file.
+
+    >>> splits = load(DataConfig(data="folder", data_dir="~/pets"), seed=0, progress=True)
+    >>> splits.train.classes, len(splits.train), len(splits.val), len(splits.test)
     """
     request = Request(config, seed, run_once_per_host, progress, side)
     source = SOURCES[config.data](request)

@@ -65,6 +65,6 @@ class ReadAhead:
 
     def _announce(self, run: np.ndarray) -> None:
         places = self.store.places[run]
-        for shelf in np.unique(places[:, 0]):
-            rows = places[places[:, 0] == shelf, 1]
-            will_need(stored_bytes(self.store.shelves[shelf], int(rows.min()), int(rows.max()) + 1))
+        for array in np.unique(places[:, 0]):
+            rows = places[places[:, 0] == array, 1]
+            will_need(stored_bytes(self.store.arrays[array], int(rows.min()), int(rows.max()) + 1))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from alexnet_mp.data import image_folder, val_labels
-from alexnet_mp.data.image_folder import Ignored, Listing, listed, visible_folders
+from alexnet_mp.data.directory import flat_images, image_names, listed, visible_folders
+from alexnet_mp.data.image_folder import Ignored, Listing
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -208,8 +209,14 @@ def _split_folders(root: Path, flag: str) -> dict[Split, Path]:
 def _check_bare(root: Path, flag: str) -> None:
     """Refuses a folder without splits whose folders are not classes either."""
     names = visible_folders(root)
-    if not names and not image_folder.image_names(root):
+    if not names and not image_names(root):
         raise FileNotFoundError(f"{flag} {root}: no folder train in it; expected {EXPECTED}")
+    for name in names:
+        if any((root / name).glob("*/history.jsonl")):
+            raise ValueError(
+                f"{flag} {root}: {name} holds training runs, whose pictures would pass for a class; "
+                "move it, and name another folder with --out"
+            )
     named = [
         name
         for name in names
@@ -224,8 +231,8 @@ def _check_bare(root: Path, flag: str) -> None:
 
 def _unlabeled(folders: Mapping[Split, Path]) -> int:
     """How many images the test folder has, where they are not sorted into classes; else 0."""
-    place = image_folder.flat_images(folders["test"])
+    place = flat_images(folders["test"])
     inner = visible_folders(folders["test"])
     if inner and not (inner == ["images"] == [place.name] and not visible_folders(place)):
         return 0
-    return len(image_folder.image_names(place))
+    return len(image_names(place))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.epoch_order import ReadAhead, block_order, full_order
-from alexnet_mp.data.shard_arrays import JpegShelf
+from alexnet_mp.data.shard_arrays import JpegArray
 from alexnet_mp.data.store import ForEachRow, Store
 from alexnet_mp.data.transforms import Augment
 
@@ -76,10 +76,11 @@ class Loader:
         self.store, self.augment, self.batch_size = store, augment, batch_size
         self.seed, self.training, self.raw = seed, train, raw
         self.data_rank, self.data_ranks, self.device = data_rank, data_ranks, torch.device(device)
-        decodes = any(isinstance(shelf, JpegShelf) for shelf in store.shelves)
+        decodes = any(isinstance(array, JpegArray) for array in store.arrays)
         self.workers = workers or (torch.get_num_threads() if decodes else 1)
         self.buffers = Buffers()
         self.epoch = self.skip = 0
+        self.stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
         return -(-len(self.store) // self.batch_size)
@@ -183,7 +184,23 @@ class Loader:
         return _Prepared(images, labels, lambda images: augment.train(images, drawn), first, rows)
 
     def _finish(self, prepared: _Prepared) -> Batch:
-        """Does the device's part in the consumer's thread: on its stream, and with its threads."""
+        """Does the device's part in the consumer's thread, which asks for a batch while a step still runs.
+
+        On CUDA the images travel and are cropped on a stream of their own, beside that step.
+        """
+        if self.device.type != "cuda":
+            return self._to_device(prepared)
+        computing = torch.cuda.current_stream(self.device)
+        self.stream = self.stream or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch gives no type
+        with torch.cuda.stream(self.stream):
+            batch = self._to_device(prepared)
+        computing.wait_stream(self.stream)
+        for tensor in (batch.images, batch.labels):
+            # Else their memory could be given to the next batch while the step still reads it.
+            tensor.record_stream(computing)
+        return batch
+
+    def _to_device(self, prepared: _Prepared) -> Batch:
         images = prepared.finish(prepared.images.to(self.device, non_blocking=True))
         labels = prepared.labels.to(self.device, non_blocking=True)
         return Batch(images, labels, prepared.first_row, prepared.rows)

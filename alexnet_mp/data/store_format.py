@@ -3,8 +3,8 @@
 header.json       format, version, classes, encoding, the shards' contents, checksums; written last
 images-00000.npy  a shard, a flat array of bytes: up to SHARD images, one behind the other, smaller sides first
 labels.npy        int64 (N,), the images' classes
-places.npy        int64 (N, 2), each image's shelf (all images of one side in one shard) and its row there
-ends.npy          int64 (N,), JPEG only: where each image ends in its shard, shelf after shelf
+places.npy        int64 (N, 2), each image's array (all images of one side in one shard) and its row there
+ends.npy          int64 (N,), JPEG only: where each image ends in its shard, array after array
 paths.json        each image's file in the folder that was packed, if one was
 sums.npz          exact sums over all images, if they were taken: statistics then need no other pass
 

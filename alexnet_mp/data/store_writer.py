@@ -74,7 +74,7 @@ class StoreIndex:
         self._labels: list[np.ndarray] = []
         self._places: list[np.ndarray] = []
         self._ends: list[np.ndarray] = []
-        self._shelves = 0
+        self._arrays = 0
 
     def add(
         self,
@@ -89,13 +89,13 @@ class StoreIndex:
         """
         counts = entry["counts"]
         places = np.empty((len(labels), 2), np.int64)
-        places[order, 0] = self._shelves + np.repeat(np.arange(len(counts)), counts)
+        places[order, 0] = self._arrays + np.repeat(np.arange(len(counts)), counts)
         rows = [np.arange(count) for count in counts]
         places[order, 1] = np.concatenate([np.empty(0, np.int64), *rows])
         self.shards.append(dict(entry))
         self._labels.append(np.asarray(labels, np.int64))
         self._places.append(places)
-        self._shelves += len(counts)
+        self._arrays += len(counts)
         if ends is not None:
             self._ends.append(ends)
 

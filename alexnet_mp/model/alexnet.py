@@ -32,8 +32,9 @@ from alexnet_mp.ops.conv1 import Conv1, conv1_input
 from alexnet_mp.ops.dropout import Dropout, batch_keys
 from alexnet_mp.ops.pooling import adaptive_average_pool, overlapping_max_pool
 from alexnet_mp.ops.response_norm import LocalResponseNorm, MapNorm
-from alexnet_mp.ops.tracing import not_compiled
+from alexnet_mp.ops.tracing import needs_plain_operations, not_compiled
 
+RECENT_PASSES = 64  # of which a backward pass may repeat any
 PAPER_CLASSES = 1000  # a network made without data has the paper's thousand logits
 
 
@@ -124,6 +125,7 @@ class AlexNet(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
         self.seed, self.training_passes = seed, 0
+        self._recent_passes: dict[int, int] = {}
         columns = {int(index): column for index, column in self.columns.items()}
         initialize_parameters(self.config, columns, seed)
 
@@ -259,8 +261,18 @@ class AlexNet(nn.Module):
 
     @not_compiled  # it would be compiled again for every value of the counter
     def _next_keys(self, images: Tensor) -> Tensor:
-        self.training_passes += 1
-        return batch_keys(images, self.seed, self.training_passes - 1)
+        """The keys of a pass; activation checkpointing repeats one in backward, with its masks."""
+        place = 0 if needs_plain_operations(images) else images.data_ptr()
+        if torch._C._current_graph_task_id() >= 0:  # within a backward pass
+            number = self._recent_passes.get(place, self.training_passes - 1)
+        else:
+            number = self.training_passes
+            self.training_passes += 1
+            self._recent_passes.pop(place, None)
+            self._recent_passes[place] = number
+            if len(self._recent_passes) > RECENT_PASSES:
+                del self._recent_passes[next(iter(self._recent_passes))]
+        return batch_keys(images, self.seed, number)
 
     def canonical(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """`read(parameter)` of every parameter, with the names and shapes of the state dict.

@@ -73,7 +73,7 @@ def test_the_disk_hears_of_every_image_once_and_a_window_ahead(
     monkeypatch.setattr(epoch_order, "BLOCK_SIZE", 4)
     monkeypatch.setattr(epoch_order, "SHUFFLE_WINDOW", 5)
     store, told = random_store(100), []
-    monkeypatch.setattr(epoch_order, "stored_bytes", lambda shelf, first, last: (first, last))
+    monkeypatch.setattr(epoch_order, "stored_bytes", lambda array, first, last: (first, last))
     monkeypatch.setattr(epoch_order, "will_need", told.append)
     numbers = epoch_order.block_order(100, 0, 0)
     ahead = ReadAhead(store, numbers)

@@ -188,6 +188,13 @@ def test_splits_under_other_names_do_not_pass_for_classes(tmp_path: Path) -> Non
     assert "seg_test, seg_train look like splits, not like classes; rename them" in message(root)
 
 
+def test_training_runs_beside_the_classes_do_not_pass_for_a_class(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set", ("",))
+    write_image(root / "runs" / "photos-folder-20260101" / "curves.png")
+    (root / "runs" / "photos-folder-20260101" / "history.jsonl").write_text("")
+    assert "runs holds training runs, whose pictures would pass for a class" in message(root)
+
+
 def test_classes_whose_folders_hold_folders_are_noted(tmp_path: Path, capsys: Output) -> None:
     root = make_folder(tmp_path / "set", ("train/animal", "train/vehicle"))
     load_folder(root)

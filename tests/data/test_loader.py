@@ -233,7 +233,7 @@ def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is
 ) -> None:
     config = Config().with_fields(image_size=67, batch_size=16)
     once = build_loaders(config, splits_of(side=28))[0]
-    monkeypatch.setattr("alexnet_mp.data.store.FITS", 0)
+    monkeypatch.setattr("alexnet_mp.data.store.IN_MEMORY", 0)
     each = build_loaders(config, splits_of(side=28))[0]
     assert once.store.sides == (76,) and each.store.sides == (28,)
     assert all(torch.equal(a.images, b.images) for a, b in zip(once, each, strict=True))
@@ -304,3 +304,16 @@ def test_a_jpeg_store_gives_the_batches_of_its_decoded_images(tmp_path: Path) ->
     augment = Augment(DataConfig(stored_side=20, crop_of=16, mean="none"), 16)
     ours, expected = (Loader(kind, augment, 8, 0, True, workers=2) for kind in (store, decoded))
     assert all(torch.equal(a.images, b.images) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_batches_travel_beside_the_step_and_are_those_of_the_cpu() -> None:
+    expected = [batch.images for batch in loader(batch_size=4)]
+    on_gpu = loader(batch_size=4)
+    on_gpu.device = torch.device("cuda", 0)
+    busy = torch.randn(4096, 4096, device="cuda")
+    for batch, wanted in zip(on_gpu, expected, strict=True):
+        for _ in range(20):
+            busy = busy @ busy * 1e-4  # the stream of the step is occupied
+        torch.testing.assert_close(batch.images.cpu(), wanted, rtol=1e-6, atol=1e-4)

@@ -25,6 +25,7 @@ from alexnet_mp.data import (
     decode_pool,
     load,
     store_format,
+    store_statistics,
     store_writer,
 )
 from alexnet_mp.data.decode_pool import Packing
@@ -114,13 +115,15 @@ def test_stored_statistics_are_those_that_would_be_measured(
 ) -> None:
     pack(noisy_folder(tmp_path / "set"), tmp_path / "store", encode=encode)
     store = Store.open(tmp_path / "store" / "train")
-    in_memory = Store(store.shelves, store.labels, store.classes, store.places)
+    in_memory = Store(store.arrays, store.labels, store.classes, store.places)
     most = np.arange(60) % 10 != 3
     wanted = [in_memory.statistics(32), in_memory.subset(np.flatnonzero(most)).statistics(32)]
     measured = []
-    sum_ = Store._sum
+    sum_images = store_statistics.sum_images
     monkeypatch.setattr(
-        Store, "_sum", lambda self, side: (measured.append(len(self)), sum_(self, side))[1]
+        store_statistics,
+        "sum_images",
+        lambda store, side: (measured.append(len(store)), sum_images(store, side))[1],
     )
     for expected, found in zip(
         wanted,

@@ -7,11 +7,13 @@ plays torchrun's agent: it keeps the store and takes no part otherwise; what tor
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,6 +29,9 @@ ROOT = FAULTS.parents[1]
 sys.path[:0] = [str(path) for path in (ROOT, FAULTS.parent, FAULTS) if str(path) not in sys.path]
 
 import ranks  # noqa: E402  (found by the line above)
+
+_processes_lock = threading.Lock()
+"""multiprocessing's starts and joins look at all children of this process, and so at other threads'."""
 
 TINY = (
     "--kernels 4 4 4 4 4 --hidden 6 5 --batch-size 8 --limit-train 24 --limit-val 16 --limit-test 16 --epochs 2 --threads 1 "
@@ -78,9 +83,22 @@ class Outcome:
         return (self.errors or self.screen.strip().splitlines() or [""])[-1]
 
 
-def run(scenario: Scenario, out: Path, timeout: float = 60.0) -> Outcome:
-    """Runs the job in the folder `out` (its files) and beside it (what it says)."""
+@functools.cache
+def _start_server() -> None:
+    """Starts the fork server and waits until it has imported all: no scenario's clock runs then."""
     ranks.start_server()
+    process = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
+def run(scenario: Scenario, out: Path, timeout: float = 120.0) -> Outcome:
+    """Runs the job in the folder `out` (its files) and beside it (what it says).
+
+    Several threads may do so at once: most scenarios wait most of the time.
+    """
+    with _processes_lock:
+        _start_server()
     note, screen = out.with_name(f"{out.name}.fault"), out.with_name(f"{out.name}.screen")
     screen.write_bytes(b"")
     note.unlink(missing_ok=True)
@@ -107,7 +125,8 @@ def run(scenario: Scenario, out: Path, timeout: float = 60.0) -> Outcome:
         ]
         try:
             for process in processes:
-                process.start()
+                with _processes_lock:
+                    process.start()
             ended = _wait(processes, started + timeout)
             struck = float(note.read_text()) if note.exists() and note.read_text() else started
             codes = tuple(process.exitcode for process in processes)
@@ -123,7 +142,7 @@ def run(scenario: Scenario, out: Path, timeout: float = 60.0) -> Outcome:
                     for pid in session(process.pid):
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
-                    process.join()
+                    _join(process)
         del store
     return Outcome(codes, screen.read_text(errors="replace"), ended - struck, left)
 
@@ -134,7 +153,7 @@ def _wait(processes: list[Any], deadline: float) -> float:
     while running and time.monotonic() < deadline:
         done = connection.wait([process.sentinel for process in running], 0.2)
         for process in [process for process in running if process.sentinel in done]:
-            process.join()
+            _join(process)
             running.remove(process)
             ended = time.monotonic()
         if (
@@ -144,6 +163,12 @@ def _wait(processes: list[Any], deadline: float) -> float:
         ):
             break
     return ended
+
+
+def _join(process: Any) -> None:
+    connection.wait([process.sentinel])
+    with _processes_lock:
+        process.join()
 
 
 def stopped(pid: int) -> bool:

@@ -25,6 +25,7 @@ import alexnet_mp.plotting.curves
 import alexnet_mp.training.checkpoint
 import alexnet_mp.training.input_checks
 import alexnet_mp.training.run
+import alexnet_mp.training.run_folder
 import alexnet_mp.training.trainer
 
 POINTS = {  # name -> (where the attribute is, its name): what is about to begin
@@ -46,7 +47,7 @@ POINTS = {  # name -> (where the attribute is, its name): what is about to begin
     "write": (torch, "save"),
     "rename": (os, "replace"),
     "link": (alexnet_mp.training.checkpoint, "link_atomically"),
-    "history": (alexnet_mp.training.run.Run, "_write_history"),
+    "history": (alexnet_mp.training.run_folder.RunFolder, "write_history"),
     "test": (alexnet_mp.training.run.Run, "_test"),
     "plot": (alexnet_mp.plotting.curves, "draw_curves"),
     "close": (alexnet_mp.parallel.context.ParallelContext, "close"),
