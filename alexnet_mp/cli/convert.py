@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_mp.cli.parser import parse_request
+from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import printing_json, refuse_several_ranks
 from alexnet_mp.config.arguments import ConvertRequest
 from alexnet_mp.config.presets import preset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alexnet_mp.cli.parser import parse_request
+from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import fail, printing_json, refuse_several_ranks
 from alexnet_mp.config.arguments import FeaturesRequest
 from alexnet_mp.inference.features import save_features

@@ -14,7 +14,7 @@ from torch import Tensor
 from alexnet_mp.config.arguments import FeaturesRequest
 from alexnet_mp.config.files import atomic_writer
 from alexnet_mp.config.progress import progress
-from alexnet_mp.data.image_folder import EXTENSIONS
+from alexnet_mp.data.directory import EXTENSIONS
 from alexnet_mp.inference.load_network import load_network
 
 
