@@ -39,12 +39,13 @@ def check_not_negative(part: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network.
-
-    Sizes are those of each column: `columns=2, kernels=(48, ...)` is the paper's 96 in conv1.
+    """The network. All sizes are those of one column: `kernels=(48, ...)` in two columns make 96.
 
     A column is one GPU's part of the network. A crossing is a layer that reads all columns: there,
-    and only there, the GPUs exchange activations.
+    and only there, the GPUs exchange activations. Raises ValueError, one line that names the flag,
+    for a network that cannot be, e.g. one that leaves nothing of so small an image.
+
+        ModelConfig(columns=2, image_size=227, classes=1000)
     """
 
     columns: int = 2

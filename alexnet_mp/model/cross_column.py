@@ -38,7 +38,10 @@ class Link(Protocol):
 
 
 class LocalLink:
-    """All columns are here: nothing has to travel."""
+    """All columns are here: nothing has to travel.
+
+    AlexNet(config, columns=(0, 1), link=LocalLink())  # the same as AlexNet(config)
+    """
 
     def start_exchange(self, layer: str, x: list[Tensor]) -> Callable[[], list[Tensor]]:
         others = [x[:i] + x[i + 1 :] for i in range(len(x))]

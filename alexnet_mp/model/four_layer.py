@@ -63,6 +63,9 @@ def build_network(
     link: Link | None = None,
     seed: int | None = None,
 ) -> AlexNet:
-    """The network that `config.network` names, or its `columns` that live here; see AlexNet."""
+    """The network that `config.network` names, or its `columns` that live here; see AlexNet.
+
+    network = build_network(preset("four-layers").model)
+    """
     kind = {"alexnet": AlexNet, "four-layers": FourLayerNet}[config.network]
     return kind(config, columns, link, seed)
