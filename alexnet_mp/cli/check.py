@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 
 from alexnet_mp.cli.flags import is_main_process, parse_request
@@ -36,7 +37,7 @@ def check(argv: Sequence[str]) -> int:
     with printing_json(request.json) as write:
         for row in _rows(request):
             rows.append(row)
-            if is_main_process():
+            if is_main_process() or row.name == "set-up":  # of which rank 0 may not know
                 print(_line(row), flush=True)
         failed = [row for row in rows if row.status == "FAIL"]
         write({"ok": not failed, "rows": [dataclasses.asdict(row) for row in rows]})
@@ -51,7 +52,8 @@ def _rows(request: CheckRequest) -> Iterator[Row]:
         context = init_parallel(_config(request))
     except (ValueError, RuntimeError) as error:
         message = " ".join(str(error).split())
-        yield Row("set-up", message, "FAIL", remedy_for(message))
+        rank = os.environ.get("RANK", "0")
+        yield Row("set-up", f"rank {rank}: {message}", "FAIL", remedy_for(message))
         return
     yield from run_checks(context, request.seconds)
     context.close()

@@ -42,7 +42,7 @@ def test_a_copy_takes_the_most_ranks_that_columns_and_world_allow(
         (2, 5, "1 or a multiple of 2"),
     ],
 )
-def test_ranks_that_cannot_share_the_columns_are_refused_with_the_sizes_that_work(
+def test_ranks_that_cannot_share_the_columns_are_refused(
     columns: int, ranks: int, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
@@ -103,7 +103,7 @@ def place_of(rank: int, column_ranks: int, timeout: float) -> tuple:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("timeout", "limit"), [(45.0, GROUP_TIMEOUT), (700.0, 700.0)])
-def test_groups_of_activations_wait_ten_minutes_and_control_as_long_as_asked(
+def test_activations_may_wait_ten_minutes_and_control_as_long_as_asked(
     timeout: float, limit: float
 ) -> None:
     long, short = timedelta(seconds=limit), timedelta(seconds=timeout)
