@@ -58,6 +58,9 @@ class LocalResponseNorm(ResponseNorm):
     `alpha` multiplies the plain SUM of the squares, as the paper prints it:
     torch.nn.LocalResponseNorm divides it by `size` first. The window is cut off at the first and
     the last map, so it never reaches into another column.
+
+        norm = LocalResponseNorm(size=5, k=2.0, alpha=1e-4, beta=0.75)
+        norm(torch.randn(8, 48, 55, 55))  # equals torch's with alpha=5e-4
     """
 
     def __init__(

@@ -195,6 +195,13 @@ def test_training_runs_beside_the_classes_do_not_pass_for_a_class(tmp_path: Path
     assert "runs holds training runs, whose pictures would pass for a class" in message(root)
 
 
+def test_a_class_that_is_called_train_is_told_from_a_split(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "vehicles", ("",), ("bus", "train"))
+    assert f"if it is a class of its own, move all of them into a folder: {root}/train/train" in (
+        message(root)
+    )
+
+
 def test_classes_whose_folders_hold_folders_are_noted(tmp_path: Path, capsys: Output) -> None:
     root = make_folder(tmp_path / "set", ("train/animal", "train/vehicle"))
     load_folder(root)
