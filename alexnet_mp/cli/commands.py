@@ -20,6 +20,8 @@ COMMANDS = {
     "predict": ("alexnet_mp.cli.predict", "name what is on images"),
     "pack": ("alexnet_mp.cli.pack", "pack an image folder for fast training"),
     "figures": ("alexnet_mp.cli.figures", "draw kernels, curves and predictions of a finished run"),
+    "convert": ("alexnet_mp.cli.convert", "convert a network from or to other programs' files"),
+    "features": ("alexnet_mp.cli.features", "write a network's activations for a folder of images"),
     "check": ("alexnet_mp.cli.check", "tell whether training will work on this machine"),
 }
 

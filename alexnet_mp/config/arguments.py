@@ -14,6 +14,10 @@ from tyro.conf import Positional, UseAppendAction, arg
 from alexnet_mp.config.configuration import RunConfig
 from alexnet_mp.config.model import check
 
+WeightFormat = Literal[
+    "checkpoint", "safetensors", "grouped", "torchvision", "onnx", "caffe", "npy"
+]
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -238,3 +242,49 @@ class CheckRequest:
 
     def __post_init__(self) -> None:
         check(0 < self.seconds < 1e4, f"--seconds {self.seconds}: a positive number of seconds")
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """The flags of the command `convert`."""
+
+    source: Annotated[Positional[str], arg(metavar="IN")]
+    """The file with a trained network."""
+    target: Annotated[Positional[str], arg(metavar="OUT")]
+    """The new file; one that is there is replaced. Its end names its format: .pt .safetensors .pth .onnx .caffemodel .npy."""
+    from_kind: Annotated[WeightFormat | None, arg(name="from")] = None
+    """The format of IN; None: as its content shows."""
+    to_kind: Annotated[WeightFormat | None, arg(name="to")] = None
+    """The format of OUT; None: as the end of its name says."""
+    classes: Annotated[str, arg(metavar="FILE")] = ""
+    """Names of the classes, one a line, in the order of the logits."""
+    preset: str = ""
+    """What the network computes (norm, pooling, padding), for a state dict that does not say it."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write what was converted into this file too; -: to the standard output, and nothing else there."""
+
+
+@dataclass(frozen=True)
+class FeaturesRequest:
+    """The flags of the command `features`."""
+
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
+    """Folder of image files; folders in it are read too."""
+    out: Annotated[Positional[str], arg(metavar="OUT.npz")]
+    """The new file, with `features` and `files`."""
+    checkpoint: Annotated[str, arg(metavar="FILE")]
+    """best.pt of a run, or a network in any format that `convert` reads."""
+    layer: Literal["conv5", "fc6", "fc7"] = "fc7"
+    """Whose output, after pooling and ReLU, columns side by side."""
+    batch_size: int = 64
+    """Images at a time."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = RunConfig.device
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    threads: int = RunConfig.threads
+    """CPU threads; 0: all cores."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write the report into this file too; -: to the standard output, and nothing else there."""
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, f"--batch-size {self.batch_size}: one image or more")
+        check(self.out.endswith(".npz"), f"OUT.npz {self.out}: the name must end in .npz")

@@ -19,7 +19,13 @@ __all__ = ["LAYERS", "Config", "DataConfig", "ModelConfig", "RecipeConfig", "Run
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The source of the images, and how a batch is changed before the network sees it."""
+    """The source of the images, and how a batch is changed before the network sees it.
+
+    Sides are in pixels. Raises ValueError, one line that names the flag, for a value that cannot
+    be.
+
+        DataConfig(data="folder", data_dir="~/pets", limit_train=1000)
+    """
 
     data: Literal["shapes", "cifar10", "fashion-mnist", "folder", "store"] = "shapes"
     """shapes (generated, no download), cifar10, fashion-mnist, folder (DIR/CLASS/*, or
@@ -114,7 +120,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """How the network is trained: epochs, batch, rate, schedule, early stopping."""
+    """How the network is trained: epochs, batch, rate, schedule, early stopping.
+
+    Raises ValueError, one line that names the flag, for a value that cannot be.
+
+        RecipeConfig(epochs=6, batch_size=32, lr=0.02, schedule="cosine")
+    """
 
     epochs: int = 90
     """Passes over the training images (P 5)."""
@@ -181,9 +192,11 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The machine, the placement and the folder.
+    """The machine, the placement and the folder. Nothing here changes the result, beyond rounding.
 
-    Nothing here changes what is computed, beyond rounding.
+    Raises ValueError, one line that names the flag, for a value that cannot be.
+
+        RunConfig(seed=1, device="cpu", threads=2, out="runs/mine")
     """
 
     seed: int = 0

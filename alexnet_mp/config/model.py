@@ -39,12 +39,13 @@ def check_not_negative(part: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network.
-
-    Sizes are those of each column: `columns=2, kernels=(48, ...)` is the paper's 96 in conv1.
+    """The network. All sizes are those of one column: `kernels=(48, ...)` in two columns make 96.
 
     A column is one GPU's part of the network. A crossing is a layer that reads all columns: there,
-    and only there, the GPUs exchange activations.
+    and only there, the GPUs exchange activations. Raises ValueError, one line that names the flag,
+    for a network that cannot be, e.g. one that leaves nothing of so small an image.
+
+        ModelConfig(columns=2, image_size=227, classes=1000)
     """
 
     columns: int = 2
@@ -61,11 +62,16 @@ class ModelConfig:
     """Zeros around the crop: left, right, top, bottom. The 2012 source: 0 3 0 3 at 224 pixels."""
     crossings: tuple[str, ...] = ("conv3", "fc6", "fc7", "fc8")
     """Layers that read all columns, where GPUs exchange activations. fc8 is always among them."""
-    layer1_order: Literal["relu-lrn-pool", "lrn-pool-relu"] = "relu-lrn-pool"
+    layer1_order: Literal["relu-lrn-pool", "lrn-pool-relu", "relu-pool-lrn"] = "relu-lrn-pool"
     """Order of the steps after conv1: the paper normalizes after the ReLU, the 2012 source before
-    it."""
+    it, Caffe's bvlc_reference_caffenet after pooling."""
+    layer2_order: Literal["relu-lrn-pool", "relu-pool-lrn"] = "relu-lrn-pool"
+    """Order of the steps after conv2: the paper's, or that of bvlc_reference_caffenet."""
     lrn: bool = True
     """Local response normalization after conv1 and conv2 (P 3.3)."""
+    lrn_across_columns: bool = False
+    """Let the window of LRN reach into the neighboring column's maps, as Caffe does. Ranks then
+    exchange these maps too."""
     lrn_size: int = 5
     """Neighboring kernel maps in the sum, n in P 3.3."""
     lrn_k: float = 2.0
@@ -179,6 +185,17 @@ class ModelConfig:
             0 <= self.dropout_rate < 1,
             f"--dropout-rate {self.dropout_rate}: at least 0 and below 1",
         )
+        check(
+            not (self.map_norm and self.layer2_order != "relu-lrn-pool"),
+            f"--layer2-order {self.layer2_order}: --map-norm has its place before the pool",
+        )
+        check(
+            self.columns == 1
+            or not self.lrn_across_columns
+            or self.lrn_size // 2 <= min(self.kernels[:2]),
+            f"--lrn-size {self.lrn_size}: with --lrn-across-columns the window may reach into the "
+            f"next column only, which has {min(self.kernels[:2])} maps",
+        )
         unknown = [name for name in self.dropout_after if name not in ("conv5", "fc6", "fc7")]
         check(not unknown, f"--dropout-after {' '.join(unknown)}: not one of conv5 fc6 fc7")
 
@@ -223,6 +240,12 @@ class ModelConfig:
     def crosses(self, layer: str) -> bool:
         """Whether `layer` reads other columns too (never, where there is one column)."""
         return self.columns > 1 and layer in self.crossings
+
+    @property
+    def exchanges(self) -> tuple[str, ...]:
+        """Names under which activations travel between columns: crossings, norms across columns."""
+        norms = ("lrn1", "lrn2") if self.lrn and self.lrn_across_columns else ()
+        return (*norms, *self.crossings)
 
     def map_sizes(self, image_size: int | None = None) -> dict[str, Size]:
         """The size of the maps after each convolution and pool, and of the first fully connected

@@ -217,6 +217,33 @@ def four_layers() -> Config:
     )
 
 
+def caffe() -> Config:
+    """bvlc_alexnet of Caffe, the network of models/bvlc_alexnet/train_val.prototxt and its solver.
+
+    Its groups are the columns, but the norm's window runs over the maps of both. Caffe divides
+    alpha by the size (0.0001 / 5). The mean image is replaced by its mean color, as in deploying.
+    """
+    return Config(
+        "caffe",
+        ModelConfig(
+            image_size=227,
+            lrn_across_columns=True,
+            lrn_k=1.0,
+            lrn_alpha=1e-4 / 5,
+            dropout="inverted",
+            initial_weights=(0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.01),
+            initial_biases=(0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0),
+        ),
+        DataConfig(
+            mean="values",
+            mean_values=(122.67891, 116.66877, 104.00699),
+            color_order="bgr",
+            resize="warp",
+        ),
+        RecipeConfig(batch_size=256, bias_decay=False),
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "photos": photos,
@@ -226,6 +253,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "original-isolated": original_isolated,
     "tutorial": tutorial,
     "four-layers": four_layers,
+    "caffe": caffe,
 }
 
 

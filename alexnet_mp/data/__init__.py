@@ -43,7 +43,13 @@ def build_loaders(
 ) -> tuple[Loader, Loader, Loader, Augment]:
     """Loaders of the three splits for one data rank, and the augmentation that they share.
 
-    Small sets are resized once, in memory. ValueError where the data has more classes than the network.
+    Small sets are resized once, in memory. ValueError where the data has more classes than the
+    network.
+
+        splits = load(config.data, seed=0)
+        config = config.with_fields(classes=len(splits.train.classes))
+        train_loader, val_loader, test_loader, augment = build_loaders(config, splits)
+        images, labels, *_ = next(iter(train_loader))  # (N, 3, S, S) float32, (N,) int64
     """
     found, classes = len(splits.train.classes), config.model.classes
     if classes and found > classes:

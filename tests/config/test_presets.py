@@ -82,6 +82,8 @@ FREE = {
     "deviations",
     "color_order",
     "resize",
+    "layer2_order",
+    "lrn_across_columns",
 }
 
 

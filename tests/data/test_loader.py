@@ -217,6 +217,18 @@ def test_loaders_are_built_from_a_configuration() -> None:
     assert train.training and not val.training and not test.training
 
 
+def test_each_split_has_its_loader_with_the_settings_of_the_run() -> None:
+    config = Config().with_fields(image_size=67, batch_size=16, seed=3, workers=2)
+    stores = [random_store(count, 76, 4, seed=count) for count in (60, 20, 28)]
+    loaders = build_loaders(config, Splits(*stores), data_rank=1, data_ranks=2)[:3]
+    for loader, store in zip(loaders, stores, strict=True):
+        assert loader.images == len(store)
+        assert np.array_equal(loader.store.labels, store.labels)
+        assert np.array_equal(loader.store.gather([5]), store.gather([5]))
+        assert (loader.seed, loader.batch_size, loader.workers) == (3, 16, 2)
+        assert (loader.data_rank, loader.data_ranks) == (1, 2)
+
+
 def test_statistics_come_from_the_training_split_only() -> None:
     splits = splits_of()
     augment = build_loaders(Config().with_fields(image_size=67), splits)[3]
