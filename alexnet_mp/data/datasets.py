@@ -39,8 +39,8 @@ SHARES = {0.5: "half", 0.25: "a quarter", 0.2: "a fifth", 0.1: "a tenth"}
 class Splits:
     """Training, validation and test images; none in common, but val may be the test images.
 
-    splits = load(preset("demo").data, seed=0)
-    splits.train.classes, len(splits.test)
+    >>> splits = load(preset("demo").data, seed=0)
+    >>> splits.train.classes, len(splits.test)
     """
 
     train: Store

@@ -40,7 +40,7 @@ class Link(Protocol):
 class LocalLink:
     """All columns are here: nothing has to travel.
 
-    AlexNet(config, columns=(0, 1), link=LocalLink())  # the same as AlexNet(config)
+    >>> AlexNet(config, columns=(0, 1), link=LocalLink())  # the same as AlexNet(config)
     """
 
     def start_exchange(self, layer: str, x: list[Tensor]) -> Callable[[], list[Tensor]]:

@@ -65,7 +65,7 @@ def build_network(
 ) -> AlexNet:
     """The network that `config.network` names, or its `columns` that live here; see AlexNet.
 
-    network = build_network(preset("four-layers").model)
+    >>> network = build_network(preset("four-layers").model)
     """
     kind = {"alexnet": AlexNet, "four-layers": FourLayerNet}[config.network]
     return kind(config, columns, link, seed)

@@ -86,7 +86,7 @@ def describe_layers(
 ) -> str:
     """A line for each layer: shape, mean and standard deviation of its weights, and its bias.
 
-    print(describe_layers(initialize_weights(seed=0), initialize_biases()))
+    >>> print(describe_layers(initialize_weights(seed=0), initialize_biases()))
     """
     return "\n".join(
         f"layer {number}: weights {' x '.join(map(str, weight.shape)):>18s}  "
