@@ -20,7 +20,7 @@ def random_store(count: int = 40, side: int = 12, classes: int = 4, seed: int = 
 
 
 def mixed_store() -> Store:
-    """Ten images on shelves of 12 and 20 pixels, taking turns."""
+    """Ten images on arrays of 12 and 20 pixels, taking turns."""
     rng = np.random.default_rng(1)
     places = np.array([(i % 2, i // 2) for i in range(10)])
     return Store(

@@ -1,4 +1,4 @@
-"""Images: datasets fill stores, loaders take batches from them, one augmentation serves training and testing.
+"""Images: datasets fill stores, loaders give batches of them, augmented for training.
 
 Imports config and ops. Start with `datasets.py`, then `store.py`, `loader.py` and `transforms.py`.
 """
@@ -43,12 +43,19 @@ def build_loaders(
 ) -> tuple[Loader, Loader, Loader, Augment]:
     """Loaders of the three splits for one data rank, and the augmentation that they share.
 
-    Small sets are resized once, in memory. ValueError where the data has more classes than the network.
+    Small sets are resized once, in memory. ValueError where the data has more classes than the
+    network.
+
+        splits = load(config.data, seed=0)
+        config = config.with_fields(classes=len(splits.train.classes))
+        train_loader, val_loader, test_loader, augment = build_loaders(config, splits)
+        images, labels, *_ = next(iter(train_loader))  # (N, 3, S, S) float32, (N,) int64
     """
     found, classes = len(splits.train.classes), config.model.classes
     if classes and found > classes:
         raise ValueError(
-            f"--classes {classes}: {found} classes found, --classes is {classes}; leave the flag out to take the data's own number"
+            f"--classes {classes}: {found} classes found, --classes is {classes}; leave the flag "
+            "out to take the data's own number"
         )
     size = config.model.image_size
     side = config.data.resized_side(size)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_mp.data.image_folder import flat_images, image_names
+from alexnet_mp.data.directory import flat_images, image_names
 
 DEVKIT = (
     "the numbers of ILSVRC's devkit (1 to 1000) are its own, not the places of the sorted class "

@@ -45,6 +45,20 @@ def test_a_validation_folder_of_any_spelling_validates(
     assert line in capsys.readouterr().out
 
 
+def test_packing_says_which_folder_became_which_split(tmp_path: Path) -> None:
+    root, lines = make_folder(tmp_path / "set", ("train", "valid", "test", "extra")), []
+    listings = list_source(root, say=lines.append)
+    assert {split: len(listing) for split, listing in listings.items()} == {
+        "train": 20,
+        "val": 20,
+        "test": 20,
+    }
+    assert lines == [
+        f"{root}: ignored the folder extra",
+        f"train: {root}/train; val: {root}/valid; test: {root}/test",
+    ]
+
+
 def test_two_validation_folders_are_refused_with_both_names(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "set", ("train", "val", "valid", "test"))
     assert "has both val and valid, and each may be the val split" in message(root)
@@ -186,6 +200,20 @@ def test_splits_under_other_names_do_not_pass_for_classes(tmp_path: Path) -> Non
             inner.rename(root / name / inner.name)
         (root / name / name).rmdir()
     assert "seg_test, seg_train look like splits, not like classes; rename them" in message(root)
+
+
+def test_training_runs_beside_the_classes_do_not_pass_for_a_class(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set", ("",))
+    write_image(root / "runs" / "photos-folder-20260101" / "curves.png")
+    (root / "runs" / "photos-folder-20260101" / "history.jsonl").write_text("")
+    assert "runs holds training runs, whose pictures would pass for a class" in message(root)
+
+
+def test_a_class_that_is_called_train_is_told_from_a_split(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "vehicles", ("",), ("bus", "train"))
+    assert f"if it is a class of its own, move all of them into a folder: {root}/train/train" in (
+        message(root)
+    )
 
 
 def test_classes_whose_folders_hold_folders_are_noted(tmp_path: Path, capsys: Output) -> None:

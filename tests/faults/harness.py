@@ -1,7 +1,8 @@
-"""Starts jobs of several ranks that a fault strikes, and tells how they ended: who noticed what, when, and what was left.
+"""Starts jobs of several ranks that a fault strikes, and tells how they ended.
 
-Ranks are forked from the tests' fork server, which has torch imported (tests/ranks.py), and run the real launch/train.py. The parent
-plays torchrun's agent: it keeps the store and takes no part otherwise; what torchrun adds is tested in test_torchrun.py.
+Ranks are forked from the tests' fork server, which has torch imported (tests/ranks.py), and run the
+real launch/train.py. The parent plays torchrun's agent: it keeps the store and takes no part
+otherwise; what torchrun adds is tested in test_torchrun.py.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ sys.path[:0] = [str(path) for path in (ROOT, FAULTS.parent, FAULTS) if str(path)
 import ranks  # noqa: E402  (found by the line above)
 
 _processes_lock = threading.Lock()
-"""multiprocessing's starts and joins look at all children of this process, and so at other threads'."""
+"""multiprocessing's starts and joins look at the children of all threads."""
 
 TINY = (
-    "--kernels 4 4 4 4 4 --hidden 6 5 --batch-size 8 --limit-train 24 --limit-val 16 --limit-test 16 --epochs 2 --threads 1 "
-    "--lr 0.01"
+    "--kernels 4 4 4 4 4 --hidden 6 5 --batch-size 8 --limit-train 24 --limit-val 16 "
+    "--limit-test 16 --epochs 2 --threads 1 --lr 0.01"
 ).split()  # three steps, two batches of validation, an epoch
 
 
@@ -71,7 +72,7 @@ class Outcome:
 
     codes: tuple[int | None, ...]
     screen: str
-    seconds: float  # from the fault (without one: from the start) to the end of the last rank that was not stopped
+    seconds: float  # from the fault, or the start, to the end of the last rank that was not stopped
     left: list[int]  # processes of the job that were there afterwards
 
     @property

@@ -1,6 +1,7 @@
 """Faults, installed into a rank from outside: the product has no hook for them.
 
-A fault is KIND@POINT, e.g. kill@step:3 (the third time that the point is passed) or slow:5@save (five seconds).
+A fault is KIND@POINT, e.g. kill@step:3 (the third time that the point is passed) or slow:5@save
+(five seconds).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ POINTS = {  # name -> (where the attribute is, its name): what is about to begin
 
 
 def install(fault: str, note: Path) -> None:
-    """From now on `fault` strikes this process, once. `note` gets the time (monotonic) at which it does."""
+    """Lets `fault` strike this process, once; `note` then gets the time (monotonic)."""
     kind, _, where = fault.partition("@")
     point, _, count = where.partition(":")
     owner, name = POINTS[point]

@@ -1,7 +1,8 @@
-"""The same network, however it is placed: on several ranks, on one device, and as reference.py writes it down a second time.
+"""The network is the same on several ranks, on one device, and as reference.py writes it again.
 
-Between placements the aim is bit for bit: own half plus peers' half, in the same order everywhere. That holds with one thread, since
-threads divide a sum as they like, and for two columns, whose two terms may be added either way round.
+Between placements the aim is bit for bit: own half plus peers' half, in the same order everywhere.
+That holds with one thread, since threads divide a sum as they like, and for two columns, whose two
+terms may be added either way round.
 """
 
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from alexnet_mp.parallel.exchange import GroupLink
 from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.trainer import Trainer
 
+pytestmark = pytest.mark.ranks
+
 STEPS, CLASSES = 20, 5
 
 
@@ -40,7 +43,7 @@ def small(**changes) -> ModelConfig:
 
 @dataclass
 class Batch:
-    """`rows` and `first_row` say which part of the global batch these images are, as for a data rank."""
+    """A part of the global batch: `rows` is the size of the whole, `first_row` where it begins."""
 
     images: Tensor
     labels: Tensor
@@ -127,7 +130,7 @@ def both(
     recipe: RecipeConfig = RECIPE,
     channels_last: bool = False,
 ):
-    """The whole network on one device, and the union of its ranks (there in another memory format, if asked)."""
+    """The whole network on one device, and the union of its ranks (channels-last, if asked)."""
     parts = [
         outcome
         for outcome, _ in run(train_a_part, ranks, config, dtype, sizes, recipe, channels_last)
@@ -147,7 +150,10 @@ def both(
 
 
 def assert_equal(a: Outcome, b: Outcome, tolerance: float = 0.0, after_steps: float = 0.0) -> None:
-    """Logits, every gradient by layer, with the ratio of its norms, and the weights; relative to the largest of each tensor."""
+    """Compares logits, gradients with the ratio of their norms, and weights.
+
+    Tolerances are relative to the largest value of each tensor.
+    """
     assert a.gradients.keys() == b.gradients.keys() and a.weights.keys() == b.weights.keys()
     close(a.logits[0], b.logits[0], tolerance, "logits")
     for name, gradient in a.gradients.items():
@@ -212,7 +218,7 @@ def test_two_ranks_compute_what_one_device_does_at_any_batch_size(sizes: list[in
     assert_equal(*both(small(), torch.float64, sizes))
 
 
-def test_two_ranks_compute_what_one_device_does_with_the_rates_of_the_2012_source() -> None:
+def test_two_ranks_equal_one_device_with_the_rates_of_the_2012_source() -> None:
     assert_equal(
         *both(
             small(**ORIGINAL),
@@ -223,7 +229,7 @@ def test_two_ranks_compute_what_one_device_does_with_the_rates_of_the_2012_sourc
     )
 
 
-def test_two_ranks_in_channels_last_compute_what_one_device_does_in_the_default_format() -> None:
+def test_two_ranks_in_channels_last_equal_one_device_in_the_default_format() -> None:
     # other convolution kernels, so other sums: rounding (DESIGN: 1e-12, after 20 steps 1e-10)
     assert_equal(
         *both(small(image_size=99), torch.float64, [4] * STEPS, channels_last=True),
@@ -261,7 +267,7 @@ def dropped_by_rank(rank: int, layer: str) -> Tensor:
 
 
 def dropped_by(model: AlexNet, layer: str) -> list[Tensor]:
-    """Of each column, in one training pass: tanh is never exactly zero, so zeros are what was dropped."""
+    """The dropped units of each column in one training pass: tanh is never exactly zero itself."""
     seen: list[Tensor] = []
     for column in model.columns.values():
         column.dropout[layer].register_forward_hook(
@@ -305,7 +311,7 @@ def arrays(state: dict[str, Tensor], columns: int) -> reference.Arrays:
 
 
 def drawn(config: ModelConfig, step: int, rows: int) -> reference.Arrays:
-    """The masks that train() draws at `step`, from NumPy's version of the hash; all columns side by side."""
+    """The masks that train() draws at `step`, by NumPy's hash; all columns side by side."""
     return {
         layer: np.concatenate(
             [
@@ -338,7 +344,7 @@ REFERENCED = {
 
 
 @pytest.mark.parametrize("variant", REFERENCED)
-def test_the_network_is_the_one_that_the_reference_writes_down_from_the_formulas(
+def test_the_network_equals_the_reference_written_from_the_formulas(
     variant: str,
 ) -> None:
     config = small(
@@ -398,7 +404,7 @@ def test_in_float32_the_network_is_the_reference_within_rounding() -> None:
 def trained(
     rank: int, sizes: list[int], column_ranks: int = 0
 ) -> tuple[dict[str, Tensor], float, int, list[float]]:
-    """The Trainer on this rank's columns and rows: weights, training loss, data ranks, gradient norms."""
+    """Weights, training loss, data ranks and gradient norms of the Trainer on this rank."""
     config = Config(
         model=small(),
         recipe=RecipeConfig(lr=0.05),
@@ -438,7 +444,7 @@ def trained(
 @pytest.mark.parametrize(
     "sizes", [[6, 6, 5], [4, 4, 1]], ids=["uneven tail", "a rank without rows"]
 )
-def test_copies_of_the_network_learn_what_one_device_learns_from_the_whole_batch(
+def test_copies_learn_what_one_device_learns_from_the_whole_batch(
     sizes, ranks, column_ranks, data_ranks, monkeypatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE"):
