@@ -1,7 +1,8 @@
 """Whether the Triton kernels can be used, and why not.
 
-`triton_kernels` needs Triton, which some builds of torch lack, and a card that it has a compiler for. Without it the norms are
-torch's operations one by one, each a pass through the GPU's memory, and a run says so.
+`triton_kernels` needs Triton, which some builds of torch lack, and a card that it has a compiler
+for. Without it the norms are torch's operations one by one, each a pass through the GPU's memory,
+and a run says so.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ fx.wrap("map_norm")
 
 
 def _kernels_for(x: Tensor, size: int, beta: float) -> ModuleType | None:
-    """The module whose `forward` and `backward` compute the norm across maps of `x`, if there is one."""
+    """The module whose `forward` and `backward` compute the norm of `x` across maps, if any does."""
     if cpu_kernels.supports(x, size, beta):
         return cpu_kernels
     if cuda_kernels.supports(x, size, beta):
@@ -236,7 +236,7 @@ def _differentiable_gradient(y: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _computed(function: Callable[..., Tensor], norm: Norm, *tensors: Tensor) -> Tensor:
-    """`function` of tensors of one shape; on the CPU some images at a time, which stay in its cache."""
+    """`function` of tensors of one shape; on a CPU some images at a time, which stay in its cache."""
     x = tensors[0]
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return function(*tensors, norm)

@@ -107,7 +107,7 @@ class Job:
         assert self.note.exists(), self.text
 
     def ends(self, within: float) -> int:
-        """torchrun's exit code; fails if the job takes longer after the fault, or leaves one."""
+        """torchrun's exit code; fails if the job ends too late or leaves a process."""
         try:
             code = self.process.wait(90)
             struck = float(self.note.read_text()) if self.note.exists() else None

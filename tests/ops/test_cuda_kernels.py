@@ -1,4 +1,5 @@
-"""The norms as CUDA computes them, through Triton's interpreter on the CPU: chosen, used, or said to be missing."""
+"""The norms as CUDA computes them, through Triton's interpreter on the CPU: chosen, used, or said
+to be missing."""
 
 import pytest
 import torch
@@ -15,9 +16,15 @@ needs_interpreter = pytest.mark.skipif(
     not triton_kernels.INTERPRETED, reason="TRITON_INTERPRET=1 is not set: this machine has a GPU"
 )
 SMALL = ModelConfig(
-    kernels=(6, 5, 4, 4, 4), hidden=(8, 7), classes=5, image_size=67, map_norm=True,
-    initial_weights=("he",) * 8, lrn_alpha=0.1, map_norm_alpha=0.1,
-)  # fmt: skip
+    kernels=(6, 5, 4, 4, 4),
+    hidden=(8, 7),
+    classes=5,
+    image_size=67,
+    map_norm=True,
+    initial_weights=("he",) * 8,
+    lrn_alpha=0.1,
+    map_norm_alpha=0.1,
+)
 
 
 @pytest.fixture
@@ -135,8 +142,13 @@ def test_a_batch_cropped_by_the_kernel_equals_the_cpus(mean: str) -> None:
     images = torch.randint(256, (5, 3, 20, 20), generator=generator, dtype=torch.uint8)
     statistics = Statistics(torch.rand(3, 20, 20, generator=generator) * 255, torch.eye(3).double())
     config = DataConfig(
-        stored_side=20, crop_of=16, mean=mean, color_noise=0.1, color_divides=True, images_per_crop=2
-    )  # fmt: skip
+        stored_side=20,
+        crop_of=16,
+        mean=mean,
+        color_noise=0.1,
+        color_divides=True,
+        images_per_crop=2,
+    )
     augment = Augment(config, 16, statistics)
     params = augment.draw(0, 0, 0, 5)
     found = augment._by_kernel(images, params)

@@ -7,9 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from torch.distributed.device_mesh import DeviceMesh
 
 from alexnet_mp.config import Config, ModelConfig, RunConfig
-from alexnet_mp.parallel.context import GROUP_TIMEOUT, choose_column_ranks, init_parallel
+from alexnet_mp.parallel.context import (
+    GROUP_TIMEOUT,
+    ParallelContext,
+    _make_groups,
+    choose_column_ranks,
+    init_parallel,
+)
 from alexnet_mp.parallel.launcher import Environment
 
 
@@ -140,3 +147,24 @@ def test_ranks_without_local_rank_number_themselves_by_host() -> None:
     for rank, (environment, _) in enumerate(run(place_without_local_rank, 2)):
         assert environment.knows_host
         assert (environment.local_rank, environment.local_world_size) == (rank, 2)
+
+
+@pytest.mark.parametrize(("users", "expected"), [(None, "1"), ("0", "0")])
+def test_nccl_gets_a_stream_of_high_priority_unless_the_user_set_it(
+    monkeypatch, users: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("TORCH_NCCL_HIGH_PRIORITY", raising=False)
+    if users is not None:
+        monkeypatch.setenv("TORCH_NCCL_HIGH_PRIORITY", users)
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        lambda *args, **options: seen.append(os.environ.get("TORCH_NCCL_HIGH_PRIORITY")),
+    )
+    monkeypatch.setattr(dist, "new_group", lambda *args, **options: None)
+    monkeypatch.setattr(DeviceMesh, "from_group", lambda *args, **options: None)
+    place = ParallelContext(Environment(0, 2), torch.device("cuda:0"), (0,), column_ranks=2)
+    place.backend = "nccl"
+    _make_groups(place, store=dist.HashStore())
+    assert seen == [expected]  # before the first group, which reads it

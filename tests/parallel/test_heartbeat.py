@@ -123,7 +123,8 @@ def test_a_rank_that_has_left_may_be_gone(store, exits, capsys) -> None:
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_a_silent_rank_is_frozen(store, exits, capsys, child, stopped: bool) -> None:
+def test_a_silent_rank_is_frozen(store, exits, capsys, child, monkeypatch, stopped: bool) -> None:
+    monkeypatch.setattr(heartbeat, "GRACE", 60.0)  # it has had its time
     if stopped:
         child.send_signal(signal.SIGSTOP)
     watch(store, exits, child.pid)
@@ -156,6 +157,11 @@ def test_the_first_cause_is_every_ranks(store) -> None:
     assert first.post("rank 0: connection closed") == (False, "rank 1: no space left")
     assert second.post("rank 1: again") == (False, "rank 1: no space left")
     assert first.cause() == second.wait_for_cause(0) == "rank 1: no space left"
+
+
+def test_of_ranks_with_the_same_cause_one_prints_it(store) -> None:
+    assert heart(store, 0).post("step 5: the loss is not finite")[0] is True
+    assert heart(store, 1).post("step 5: the loss is not finite")[0] is False
 
 
 def test_without_a_store_a_cause_is_printed_once() -> None:

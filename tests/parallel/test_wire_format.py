@@ -131,3 +131,25 @@ def test_the_meter_tells_waiting_from_what_is_hidden_behind_work() -> None:
     (waited, under_way), (waited_late, under_way_late) = run(late_peer, 2)
     assert 0.2 < waited <= under_way  # its peer was 0.3 s late, and it had nothing else to do
     assert waited_late < 0.15 and under_way_late >= 0.2  # all was there when it asked
+
+
+def late_peer_on_gpus(rank: int) -> tuple[float, float]:
+    torch.cuda.set_device(rank)
+    with process_group(backend="nccl"):
+        link = GroupLink(dist.group.WORLD)
+        link.start_exchange("conv3", [torch.ones(2, 3, device="cuda")])()  # connects
+        torch.cuda.synchronize()
+        link.meter.times_device = True
+        if rank == 1:
+            time.sleep(0.3)
+        link.start_exchange("conv3", [torch.ones(2, 3, device="cuda")])()
+        torch.cuda.synchronize()
+        link.meter.resolve_device_times()
+        return link.meter.exposed_seconds[TRAINING], link.meter.in_flight_seconds[TRAINING]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_under_nccl_the_meter_sees_the_gpu_wait_for_a_late_peer() -> None:
+    (waited, in_flight), (waited_late, _) = run(late_peer_on_gpus, 2)
+    assert 0.2 < waited <= in_flight and waited_late < 0.15
