@@ -127,7 +127,7 @@ def test_the_flag_says_where_packs_are_kept(tmp_path: Path, cache: Path) -> None
 
 def test_a_flag_that_names_no_usable_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file/cache can be written: set --cache-dir"):
+    with pytest.raises(ValueError, match=r"file/cache cannot be written: set --cache-dir"):
         load_folder(make_folder(tmp_path / "set"), cache_dir=str(tmp_path / "file" / "cache"))
 
 
