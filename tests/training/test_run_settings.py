@@ -83,6 +83,29 @@ def test_the_trainer_gets_its_limits_and_its_precision() -> None:
     assert (trainer.max_steps, trainer.save_every, trainer.precision) == (7, 3, "bf16")
 
 
+def test_the_recipe_reaches_the_optimizer_and_the_plateau() -> None:
+    trainer = prepared(
+        QUICK,
+        lr=0.03,
+        bias_lr=0.05,
+        momentum=0.7,
+        weight_decay=0.002,
+        bias_decay=False,
+        schedule="plateau",
+        lr_factor=0.3,
+        lr_patience=5,
+        lr_min=1e-4,
+    ).trainer
+    groups = trainer.optimizer.param_groups
+    assert {group["momentum"] for group in groups} == {0.7}
+    settings = {(group["kind"], group["lr"], group["weight_decay"]) for group in groups}
+    assert settings == {("weight", 0.03, 0.002), ("bias", 0.05, 0.0)}
+    plateau = trainer.scheduler
+    assert (plateau.factor, plateau.patience) == (0.3, 5)
+    floors = {group["kind"]: low for group, low in zip(groups, plateau.min_lrs, strict=True)}
+    assert floors == {"weight": 1e-4, "bias": 0.05}
+
+
 def test_no_epochs_still_save_and_test_the_first_weights(tmp_path) -> None:
     out = tmp_path / "run"
     result = run(QUICK.with_fields(out=str(out), epochs=0))
