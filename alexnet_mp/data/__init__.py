@@ -1,4 +1,4 @@
-"""Images: datasets fill stores, loaders take batches from them, one augmentation serves training and testing.
+"""Images: datasets fill stores, loaders give batches of them, augmented for training.
 
 Imports config and ops. Start with `datasets.py`, then `store.py`, `loader.py` and `transforms.py`.
 """
@@ -54,7 +54,8 @@ def build_loaders(
     found, classes = len(splits.train.classes), config.model.classes
     if classes and found > classes:
         raise ValueError(
-            f"--classes {classes}: {found} classes found, --classes is {classes}; leave the flag out to take the data's own number"
+            f"--classes {classes}: {found} classes found, --classes is {classes}; leave the flag "
+            "out to take the data's own number"
         )
     size = config.model.image_size
     side = config.data.resized_side(size)

@@ -123,6 +123,7 @@ def list_source(
     check_train(layout)
     for note in layout.notes:
         say(note)
+    say("; ".join(f"{split}: {folder}" for split, folder in layout.folders.items()))
     return {split: layout.list(split) for split in layout.folders}
 
 

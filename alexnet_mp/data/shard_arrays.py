@@ -13,10 +13,14 @@ from alexnet_mp.data.store_format import open_array, shard_name
 
 
 class JpegArray:
-    """Images of one side as JPEGs behind each other, decoded one by one as they are asked for, in the thread that asks."""
+    """Images of one side as JPEGs behind each other, decoded one by one as they are asked for, in
+    the thread that asks.
+    """
 
     def __init__(self, data: np.ndarray, ends: np.ndarray, side: int, name: Path) -> None:
-        """`data`: uint8 (bytes,); image k ends at `ends[k + 1]`, where the next one starts. `name`: for messages."""
+        """`data`: uint8 (bytes,); image k ends at `ends[k + 1]`, where the next one starts. `name`:
+        for messages.
+        """
         self.data, self.ends, self.name = data, ends, name
         self.shape = (len(ends) - 1, 3, side, side)
 

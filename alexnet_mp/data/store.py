@@ -1,7 +1,8 @@
 """A store: a set of labeled uint8 RGB images, in memory or memory-mapped from a folder.
 
-All images are square, channels first, in arrays (count, 3, side, side). A packed set has an array for each side in each shard;
-it has several sides only where images are smaller than 256, because a store never enlarges.
+All images are square, channels first, in arrays (count, 3, side, side). A packed set has an array
+for each side in each shard; it has several sides only where images are smaller than 256, because a
+store never enlarges.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ IN_MEMORY = 2 * 10**9
 """Bytes of a resized copy that may be kept in memory."""
 
 ForEachRow = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
-"""Calls a function for each row, like `map`, perhaps on several threads; its result is to be iterated to the end."""
+"""Calls a function for each row, like `map`, perhaps on several threads; its result is to be
+iterated to the end.
+"""
 
 
 class Store:
@@ -41,7 +44,7 @@ class Store:
         places: np.ndarray | None = None,
         path: Path | None = None,
     ) -> None:
-        """`places`, int64 (N, 2), gives each image's array and its row there; None: one array, in order.
+        """`places`, int64 (N, 2): each image's array and its row there; None: one array, in order.
 
         `path`: the folder that the store was opened from.
         """
@@ -55,8 +58,8 @@ class Store:
     def open(path: str | Path, verify: bool = False) -> Store:
         """The store in the folder `path`, memory-mapped.
 
-        Sizes and labels are always checked; `verify` reads all pixels too. ValueError naming the file that is missing, damaged
-        or not a store's.
+        Sizes and labels are always checked; `verify` reads all pixels too. ValueError naming the
+        file that is missing, damaged or not a store's.
         """
         path = Path(path)
         header = read_header(path)
@@ -84,7 +87,7 @@ class Store:
 
     @cached_property
     def paths(self) -> list[str] | None:
-        """Each image's file in the folder that was packed; None where the store was not made from one."""
+        """Each image's file in the folder that was packed; None for a store of another origin."""
         file = self.path / "paths.json" if self.path else None
         if file is None or not file.is_file():
             return None
@@ -92,13 +95,13 @@ class Store:
         return [found[number] for number in self.numbers().tolist()]
 
     def numbers(self) -> np.ndarray:
-        """int64 (N,): each image's number among all images of all arrays, which may be more than the store's own."""
+        """int64 (N,): each image's number among those of all arrays, which a subset has in part."""
         starts = np.cumsum([0, *map(len, self.arrays)])
         numbers: np.ndarray = starts[self.places[:, 0]] + self.places[:, 1]
         return numbers
 
     def image(self, index: int, side: int | None = None) -> np.ndarray:
-        """uint8 (3, side, side); None: at its own side. It may be a view, which must not be written to."""
+        """uint8 (3, side, side), a view or a copy, not to be written to; None: at its own side."""
         array, row = self.places[index]
         image: np.ndarray = self.arrays[array][row]
         if side is None or side == image.shape[-1]:
@@ -120,14 +123,16 @@ class Store:
         pinned: bool = False,
         for_each_row: ForEachRow = map,
     ) -> Tensor:
-        """uint8 (N, 3, side, side), on the CPU. None: the images' own side; ValueError where they have several.
+        """uint8 (N, 3, side, side), on the CPU. None: the images' own side; ValueError where they
+        have several.
 
-        `pinned`: in memory from which CUDA copies without waiting. `for_each_row` calls a function for each row, e.g. a thread
-        pool's map.
+        `pinned`: in memory from which CUDA copies without waiting. `for_each_row` calls a function
+        for each row, e.g. a thread pool's map.
         """
         if side is None and len(self.sides) > 1:
             raise ValueError(
-                f"images of the sides {' '.join(map(str, self.sides))}: gather needs to know which one to resize them to"
+                f"images of the sides {' '.join(map(str, self.sides))}: gather needs to know "
+                "which one to resize them to"
             )
         numbers = np.asarray(indices, np.int64)
         side = side or (self.sides or (self.arrays[0].shape[-1],))[0]
@@ -150,7 +155,10 @@ class Store:
         return images
 
     def resized(self, side: int) -> Store:
-        """A copy in memory with all images at `side`; the store itself if they are so already or the copy would be too large."""
+        """A copy in memory with all images at `side`.
+
+        It is the store itself if they are so already, or if the copy would be too large.
+        """
         if self.sides == (side,) or not len(self) or len(self) * 3 * side * side > IN_MEMORY:
             return self
         images = np.empty((len(self), 3, side, side), np.uint8)
@@ -160,15 +168,18 @@ class Store:
         return Store([images], self.labels, self.classes)
 
     def release(self, indices: np.ndarray | Sequence[int]) -> None:
-        """Gives back the memory of the shards that hold `indices`, if they are mapped files; nothing is lost."""
+        """Gives back the memory of the shards that hold `indices`, if they are mapped files;
+        nothing is lost.
+        """
         for k in np.unique(self.places[np.asarray(indices), 0]):
             release(stored_bytes(self.arrays[k], 0, len(self.arrays[k])))
 
     def statistics(self, side: int) -> Statistics:
-        """The statistics of the images at `side`; smaller images are measured as they are, and their mean is enlarged.
+        """The statistics of the images at `side`.
 
-        They are computed once an instance; for a store that was opened from a folder, once for all in that folder, if it can be
-        written.
+        Smaller images are measured as they are, and their mean is enlarged.
+        They are computed once an instance; for a store that was opened from a folder, once for all
+        in that folder, if it can be written.
         """
         if side not in self._statistics:
             self._statistics[side] = store_statistics.measured_once(self, side)

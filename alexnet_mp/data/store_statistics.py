@@ -1,4 +1,4 @@
-"""Measures the statistics of a store, with the sums that were taken when it was packed, and keeps them in its folder."""
+"""Measures the statistics of a store, from the sums in its folder if it can, and keeps them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def measured_once(store: Store, side: int) -> Statistics:
-    """The statistics of `store` at `side`, from a file in its folder, which is written if there is none."""
+    """The statistics of `store` at `side`, from a file in its folder, which is written if there is
+    none.
+    """
     file = None
     if store.path is not None:
         content = np.ascontiguousarray(store.places).tobytes() + str(side).encode()
@@ -76,7 +78,9 @@ def _images_at(store: Store, numbers: np.ndarray) -> Store:
 
 
 def _stored_sums(store: Store) -> Sums | None:
-    """The sums over all images in the store's folder, taken when it was packed; None if they are missing or damaged."""
+    """The sums over all images in the store's folder, taken when it was packed; None if they are
+    missing or damaged.
+    """
     if store.path is None:
         return None
     with contextlib.suppress(OSError, KeyError, ValueError):

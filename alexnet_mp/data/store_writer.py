@@ -67,7 +67,7 @@ def write_shard(path: Path, images: Sequence[EncodedImage]) -> WrittenShard:
 
 
 class StoreIndex:
-    """Collects what the header and the arrays of a store say of its images, in the images' order."""
+    """Collects what a store's header and arrays say of its images, in the images' order."""
 
     def __init__(self) -> None:
         self.shards: list[dict[str, Any]] = []
@@ -85,7 +85,8 @@ class StoreIndex:
     ) -> None:
         """Adds the next shard: its `entry` in the header, and the labels of its images.
 
-        The image at its k-th place is the `order[k]`-th of `labels`. `ends`: as in WrittenShard, of JPEGs only.
+        The image at its k-th place is the `order[k]`-th of `labels`. `ends`: as in WrittenShard, of
+        JPEGs only.
         """
         counts = entry["counts"]
         places = np.empty((len(labels), 2), np.int64)

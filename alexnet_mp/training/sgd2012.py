@@ -56,7 +56,7 @@ class SGD2012(torch.optim.Optimizer):
                 [p.grad for p in weights],
                 [self.descent(p) for p in weights],
                 lr=1.0 if momentum else lr,
-                dampening=1 - lr if momentum else 0.0,
+                dampening=1 - lr,
                 momentum=momentum,
                 weight_decay=group["weight_decay"],
                 nesterov=False,

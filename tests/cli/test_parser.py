@@ -1,14 +1,16 @@
 """The command line: every field is a flag, every mistake one line that names it."""
 
+import copy
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from alexnet_mp import PRESETS, Config, preset
 from alexnet_mp.cli.flags import UsageError
-from alexnet_mp.cli.parser import parse_train
+from alexnet_mp.cli.parser import _refuse_changes, parse_train
 from alexnet_mp.training import checkpoint
 
 
@@ -92,7 +94,15 @@ def test_a_mistake_is_one_line_that_names_the_flag_or_value(
 @pytest.fixture
 def checkpoint_file(tmp_path):
     config = preset("paper").with_fields(
-        lr=0.02, batch_size=32, seed=7, classes=3, device="cuda", threads=3, max_steps=10
+        lr=0.02,
+        batch_size=32,
+        seed=7,
+        classes=3,
+        device="cuda",
+        threads=3,
+        column_ranks=1,
+        profile=True,
+        max_steps=10,
     )
     path = tmp_path / "last.pt"
     torch.save(
@@ -124,7 +134,8 @@ def test_resume_continues_the_checkpoints_configuration_on_this_machine(checkpoi
             7,
         )
         assert config.recipe.epochs == 120 and config.recipe.max_steps == 0
-        assert (config.run.device, config.run.threads) == ("auto", 0)
+        assert (config.run.device, config.run.threads, config.run.column_ranks) == ("auto", 0, 0)
+        assert not config.run.profile
         assert (config.run.resume, config.run.out) == (
             str(checkpoint_file),
             str(checkpoint_file.parent),
@@ -238,3 +249,29 @@ def test_a_configuration_survives_its_dictionary() -> None:
         assert Config.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="not a configuration of this version"):
         Config.from_dict({"preset": "demo"})
+
+
+def test_a_resumed_run_may_change_these_fields_and_no_others() -> None:
+    stored, free = preset("demo"), set()
+    fields = [
+        (part, field.name)
+        for part in ("model", "data", "recipe")
+        for field in dataclasses.fields(getattr(stored, part))
+    ]
+    for part, name in [*fields, ("run", "seed"), ("run", "precision")]:
+        changed = copy.deepcopy(stored)
+        object.__setattr__(getattr(changed, part), name, "another")
+        refusal = ""
+        try:
+            _refuse_changes(changed, stored, Path("last.pt"))
+            free.add(name)
+        except UsageError as error:
+            refusal = str(error)
+        words = f"--{name.replace('_', '-')} another: last.pt was trained with"
+        assert name in free or words in refusal
+    assert free == {"epochs", "max_steps", "patience", "delta", "data_dir", "cache_dir"}
+
+
+def test_a_resumed_run_may_go_on_in_another_folder(checkpoint_file, tmp_path) -> None:
+    config = parse_train(["--resume", str(checkpoint_file), "--out", str(tmp_path / "new")])
+    assert (config.run.resume, config.run.out) == (str(checkpoint_file), str(tmp_path / "new"))

@@ -112,8 +112,8 @@ def test_a_cache_that_is_too_small_names_the_flag_and_a_smaller_way(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**4))
     words = (
-        rf"packing {root}/train into {cache}: needs about 24 kB, 10 kB are free there; name a folder .*"
-        rf"--cache-dir .*XDG_CACHE_HOME.*launch/pack.py {root} STORE --encode jpeg"
+        rf"packing {root}/train into {cache}: needs about 24 kB, 10 kB are free there; "
+        rf"name a folder .*--cache-dir .*XDG_CACHE_HOME.*launch/pack.py {root} STORE --encode jpeg"
     )
     with pytest.raises(ValueError, match=words) as caught:
         load_folder(root)

@@ -45,6 +45,20 @@ def test_a_validation_folder_of_any_spelling_validates(
     assert line in capsys.readouterr().out
 
 
+def test_packing_says_which_folder_became_which_split(tmp_path: Path) -> None:
+    root, lines = make_folder(tmp_path / "set", ("train", "valid", "test", "extra")), []
+    listings = list_source(root, say=lines.append)
+    assert {split: len(listing) for split, listing in listings.items()} == {
+        "train": 20,
+        "val": 20,
+        "test": 20,
+    }
+    assert lines == [
+        f"{root}: ignored the folder extra",
+        f"train: {root}/train; val: {root}/valid; test: {root}/test",
+    ]
+
+
 def test_two_validation_folders_are_refused_with_both_names(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "set", ("train", "val", "valid", "test"))
     assert "has both val and valid, and each may be the val split" in message(root)

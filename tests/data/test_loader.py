@@ -106,9 +106,7 @@ def test_a_resumed_epoch_goes_on_with_the_very_batches_that_were_left() -> None:
     assert len(resumed) == 4
 
 
-def test_iterating_twice_gives_the_epoch_twice_and_another_epoch_another_order_and_other_crops() -> (
-    None
-):
+def test_another_epoch_has_another_order_and_other_crops() -> None:
     one = loader(random_store(50, classes=50))
     first, again = list(one), list(one)
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
@@ -175,9 +173,11 @@ def test_a_failure_in_the_thread_is_raised_where_the_batches_are_used(
 
 def test_an_interpreter_that_ends_within_an_epoch_ends_at_once() -> None:
     program = (
-        "import numpy as np; from alexnet_mp.data import *; from alexnet_mp.config import DataConfig\n"
+        "import numpy as np; from alexnet_mp.data import *\n"
+        "from alexnet_mp.config import DataConfig\n"
         "store = Store([np.zeros((5000, 3, 76, 76), np.uint8)], np.zeros(5000), ['a'])\n"
-        "batches = iter(Loader(store, Augment(DataConfig(mean='none'), 67), 64, train=True)); next(batches); print('one')"
+        "loader = Loader(store, Augment(DataConfig(mean='none'), 67), 64, train=True)\n"
+        "batches = iter(loader); next(batches); print('one')"
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -240,7 +240,7 @@ def test_more_classes_than_the_network_has_are_refused() -> None:
         build_loaders(Config().with_fields(image_size=67, classes=10), splits_of(11))
 
 
-def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is_at_every_step(
+def test_batches_are_the_same_if_a_set_is_resized_at_once_or_at_each_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = Config().with_fields(image_size=67, batch_size=16)
@@ -254,7 +254,7 @@ def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is
 @pytest.mark.parametrize("mean", ["image-center", "image-aligned", "half", "none"])
 @pytest.mark.parametrize("divides", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_what_the_thread_prepares_is_what_the_augmentation_makes_of_the_gathered_images(
+def test_the_threads_batches_are_the_augmented_gathered_images(
     mean: str, divides: bool, train: bool
 ) -> None:
     store = random_store(50)
@@ -287,9 +287,7 @@ def test_the_number_of_threads_changes_no_bit(store: Store) -> None:
     assert all(torch.equal(a.images, b.images) for a, b in zip(one, three, strict=True))
 
 
-def test_batches_that_are_kept_keep_their_values_while_others_take_turns_in_the_same_memory() -> (
-    None
-):
+def test_batches_that_are_kept_keep_their_values_while_buffers_are_reused() -> None:
     expected = [batch.images.clone() for batch in loader(batch_size=2)]
     kept, places = [], set()
     for number, batch in enumerate(loader(batch_size=2)):

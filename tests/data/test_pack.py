@@ -1,4 +1,6 @@
-"""launch/pack.py: every kill leaves something that the same command finishes, to the byte as if nothing had been."""
+"""launch/pack.py: every kill leaves something that the same command finishes, to the byte as if
+nothing had been.
+"""
 
 import contextlib
 import errno
@@ -71,7 +73,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("encode", ["raw", "jpeg"])
-def test_a_packed_folder_trains_as_a_store_with_the_pixels_labels_and_paths_of_its_files(
+def test_a_packed_folder_has_the_pixels_labels_and_paths_of_its_files(
     tmp_path: Path, encode: str, small_shards: None
 ) -> None:
     source = noisy_folder(tmp_path / "set")
@@ -164,7 +166,7 @@ def packing_process(source: Path, store: Path) -> Iterator[multiprocessing.Proce
     process.join(60)
 
 
-def test_kills_at_random_moments_and_a_resume_leave_the_bytes_of_an_uninterrupted_store(
+def test_a_killed_and_resumed_store_has_the_bytes_of_an_uninterrupted_one(
     tmp_path: Path,
 ) -> None:
     source = noisy_folder(tmp_path / "set", 120)
@@ -257,7 +259,7 @@ def test_a_file_that_changed_meanwhile_is_packed_as_it_is_now(
         )
 
 
-def test_a_store_is_not_finished_with_other_options_nor_from_another_folder(
+def test_a_store_is_not_finished_with_other_options_or_images(
     tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = noisy_folder(tmp_path / "set")
@@ -268,7 +270,7 @@ def test_a_store_is_not_finished_with_other_options_nor_from_another_folder(
         pack(noisy_folder(tmp_path / "other"), tmp_path / "store")
 
 
-def test_a_finished_store_is_verified_and_left_alone_and_never_overwritten_by_other_images(
+def test_a_finished_store_is_never_overwritten_by_other_images(
     tmp_path: Path,
 ) -> None:
     source = make_folder(tmp_path / "set")
@@ -298,7 +300,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**4))
     with pytest.raises(
         ValueError,
-        match=r"STORE .*: needs about 48 kB, 10 kB are free there; name a folder on a larger disk, or take --encode jpeg",
+        match=r"STORE .*: needs about 48 kB, 10 kB are free there; "
+        "name a folder on a larger disk, or take --encode jpeg",
     ):
         pack(source, tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -325,7 +328,9 @@ def test_room_that_a_begun_store_takes_already_is_not_asked_for_again(
 def test_what_is_promised_is_on_the_disk_before_the_promise(
     tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shard before its manifest, all before the header, the header before the store counts as finished."""
+    """A shard before its manifest, all before the header, the header before the store counts as
+    finished.
+    """
     events: list[tuple[str, str]] = []
     fsync, replace, unlink = os.fsync, os.replace, Path.unlink
 
@@ -388,7 +393,7 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
-def test_bad_files_stop_the_packing_by_name_after_the_good_ones_and_mending_them_finishes_it(
+def test_bad_files_are_named_after_the_others_and_mending_finishes_it(
     tmp_path: Path, small_shards: None
 ) -> None:
     source = noisy_folder(tmp_path / "set")

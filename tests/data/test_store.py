@@ -59,7 +59,7 @@ def test_a_subset_of_a_subset_is_the_images_meant() -> None:
 
 
 @pytest.mark.parametrize("side", [9, 31])
-def test_an_image_is_resized_to_the_same_bits_alone_in_a_batch_or_with_the_whole_set(
+def test_resizing_gives_the_same_bits_alone_and_in_a_batch(
     side: int,
 ) -> None:
     store = random_store(count=600, side=20)
@@ -95,7 +95,7 @@ def test_statistics_are_those_of_numpy() -> None:
     )
 
 
-def test_statistics_of_smaller_images_are_those_of_the_images_as_they_are_reduced() -> None:
+def test_statistics_at_a_smaller_side_are_those_of_the_reduced_images() -> None:
     store = random_store()
     reduced = store.resized(8).statistics(8)
     assert torch.equal(store.statistics(8).mean_image, reduced.mean_image)
