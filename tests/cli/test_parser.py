@@ -231,6 +231,16 @@ def test_a_data_dir_alone_is_taken_as_it_is(tmp_path, capsys, path: str, kind: s
     assert capsys.readouterr().out == f"--data-dir {tmp_path}: taken as --data {kind}\n"
 
 
+def test_a_preset_for_folders_takes_a_packed_one_too(tmp_path, capsys) -> None:
+    assert parse_train(["--preset", "photos", "--data-dir", "mine"]).data.data == "folder"
+    assert capsys.readouterr().out == ""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "header.json").touch()
+    config = parse_train(["--preset", "photos", "--data-dir", str(tmp_path)])
+    assert config.data.data == "store"
+    assert capsys.readouterr().out == f"--data-dir {tmp_path}: taken as --data store\n"
+
+
 def test_a_data_dir_alone_that_is_not_there_is_refused(tmp_path) -> None:
     with pytest.raises(UsageError, match=f"^--data-dir {tmp_path}/none: .*--data says what else"):
         parse_train(["--data-dir", str(tmp_path / "none")])
