@@ -109,9 +109,8 @@ class AlexNet(nn.Module):
             else None
         )
         self.map_norm = MapNorm(alpha=config.map_norm_alpha) if config.map_norm else None
-        self.activation: Callable[[Tensor], Tensor] = {"relu": F.relu, "tanh": torch.tanh}[
-            config.activation
-        ]
+        activations: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
+        self.activation = activations[config.activation]
         self.pool = (config.pool_size, config.pool_stride)
         self.initialize(seed)
 
