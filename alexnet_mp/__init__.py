@@ -1,9 +1,10 @@
-"""AlexNet as it ran in 2012: one column on each of two GPUs, which exchange activations only at conv3 and the fully connected layers.
+"""AlexNet as it ran in 2012: one column on each of two GPUs, which exchange activations only at
+conv3 and the fully connected layers.
 
     from alexnet_mp import AlexNet, Trainer, preset
 
-The names below are the public interface. Each is imported at its first use, so that `import alexnet_mp` costs nothing
-and a program that only reads configurations needs no torch.
+The names below are the public interface. Each is imported at its first use, so that `import
+alexnet_mp` costs nothing and a program that only reads configurations needs no torch.
 """
 
 from __future__ import annotations

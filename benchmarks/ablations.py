@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from tyro.conf import arg
 
 from alexnet_mp import preset
-from alexnet_mp.cli import parser
+from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import printing_json, run_main
 from alexnet_mp.config import Config
 from alexnet_mp.config.arguments import EvaluateRequest, Networks
@@ -405,7 +405,7 @@ def rows(request: ClaimsRequest, say: Callable[[str], None]) -> Iterator[dict[st
 
 
 def main() -> int:
-    request = parser.parse_request(ClaimsRequest, sys.argv[1:], DESCRIPTION)
+    request = parse_request(ClaimsRequest, sys.argv[1:], DESCRIPTION)
     request = request.shortened() if request.quick else request
     with printing_json(request.json) as write:
         print(

@@ -25,7 +25,7 @@ from common import Contestant, Spread, available_cores, rounded
 from tqdm import tqdm
 from tyro.conf import arg
 
-from alexnet_mp.cli.parser import parse_request
+from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import run_main
 from alexnet_mp.config import ModelConfig, check
 from alexnet_mp.model.layer_table import layer_table

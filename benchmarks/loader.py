@@ -40,12 +40,13 @@ from tyro.conf import arg
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from alexnet_mp.cli import parser  # noqa: E402
+from alexnet_mp.cli.flags import parse_request  # noqa: E402
 from alexnet_mp.cli.process import printing_json, run_main  # noqa: E402
 from alexnet_mp.config import DataConfig  # noqa: E402
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer  # noqa: E402
 from alexnet_mp.data.decode_pool import Packing  # noqa: E402
-from alexnet_mp.data.image_folder import EXTENSIONS, list_split  # noqa: E402
+from alexnet_mp.data.directory import EXTENSIONS  # noqa: E402
+from alexnet_mp.data.image_folder import list_split  # noqa: E402
 from alexnet_mp.data.split_packer import pack_split  # noqa: E402
 from alexnet_mp.data.transforms import color_axes  # noqa: E402
 from alexnet_mp.ops.cpu_cores import available_cores  # noqa: E402
@@ -360,7 +361,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> int:
-    request = parser.parse_request(Request, sys.argv[1:], __doc__)
+    request = parse_request(Request, sys.argv[1:], __doc__)
     torch.set_num_threads(1)  # of the consumer; what loads has the workers
     with printing_json(request.json) as write, contextlib.ExitStack() as stack:
         result = measure(

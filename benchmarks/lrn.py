@@ -25,7 +25,7 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 from alexnet_mp import LocalResponseNorm
-from alexnet_mp.cli.parser import parse_request
+from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import run_main
 from alexnet_mp.config import check
 from alexnet_mp.ops.precision import DTYPES

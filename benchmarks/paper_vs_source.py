@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from tyro.conf import arg
 
 from alexnet_mp import Config, Trainer, build_network, preset
-from alexnet_mp.cli import parser
+from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import printing_json, run_main
 from alexnet_mp.data import Splits, Store, build_loaders, load
 from alexnet_mp.ops.allocator import keep_freed_memory
@@ -274,7 +274,7 @@ def trained(request: ReadingsRequest) -> Iterator[dict[str, Any]]:
 
 
 def main() -> int:
-    request = parser.parse_request(ReadingsRequest, sys.argv[1:], DESCRIPTION)
+    request = parse_request(ReadingsRequest, sys.argv[1:], DESCRIPTION)
     with printing_json(request.json) as write:
         rows = []
         print(f"{'':44s} {'left ln(classes)':>18s} {'last loss':>10s}", flush=True)

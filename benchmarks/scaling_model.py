@@ -22,7 +22,7 @@ import common
 from tyro.conf import arg
 
 from alexnet_mp import preset
-from alexnet_mp.cli.parser import parse_request
+from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import run_main
 from alexnet_mp.config import ModelConfig, check
 from alexnet_mp.model.layer_table import layer_table

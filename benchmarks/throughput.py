@@ -27,7 +27,7 @@ from common import Contestant, ContestantFailed, Spread, available_cores, rounde
 from tqdm import tqdm
 from tyro.conf import arg
 
-from alexnet_mp.cli.parser import parse_request
+from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import run_main
 from alexnet_mp.config import check
 

@@ -2,7 +2,7 @@
 """Measures trained networks: loss, top-1, top-5 over the images of a split.
 
     python launch/evaluate.py --checkpoint RUN/best.pt --ten-crop
-    torchrun --nproc_per_node=2 launch/evaluate.py --checkpoint A/best.pt B/best.pt --weights 0.6 0.4 --json result.json
+    torchrun --nproc_per_node=2 launch/evaluate.py --checkpoint A/best.pt B/best.pt --weights 3 2
 
 `--help` lists the flags; without --data, the data is what the first checkpoint was trained on.
 """

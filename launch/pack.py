@@ -4,8 +4,8 @@
     python launch/pack.py SOURCE STORE [--encode jpeg]
     python launch/pack.py SOURCE --check
 
-`--help` lists the flags. Repeat the command after an interruption: finished shards are kept. Exit code 2 if files cannot
-be read.
+`--help` lists the flags. Repeat the command after an interruption: finished shards are kept.
+Exit code 2 if files cannot be read.
 """
 
 import signal

@@ -2,9 +2,9 @@
 """Names what is on images.
 
     python launch/predict.py --checkpoint RUN/best.pt cat.jpg dog.png
-    python launch/predict.py --checkpoint A/best.pt --checkpoint B/best.pt --ten-crop --top 3 --json - photos/*.jpg
+    python launch/predict.py --checkpoint A/best.pt --ten-crop --top 3 --json - photos/*.jpg
 
-`--help` lists the flags. Exit code 2 if a file could not be read; the others are shown all the same.
+`--help` lists the flags. Exit code 2 if a file could not be read; the others are shown.
 """
 
 import signal

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains AlexNet in columns.
 
-    torchrun --nproc_per_node=2 launch/train.py [flags]     one column on each of two GPUs, or CPU processes
+    torchrun --nproc_per_node=2 launch/train.py [flags]     one column on each of two GPUs
     python launch/train.py [flags]                          all columns on one device
 
 `--help` lists the flags; without any, the demo preset trains on generated images.

@@ -20,7 +20,7 @@ def random_store(count: int = 40, side: int = 12, classes: int = 4, seed: int = 
 
 
 def mixed_store() -> Store:
-    """Ten images on shelves of 12 and 20 pixels, taking turns."""
+    """Ten images on arrays of 12 and 20 pixels, taking turns."""
     rng = np.random.default_rng(1)
     places = np.array([(i % 2, i // 2) for i in range(10)])
     return Store(
@@ -69,7 +69,7 @@ def levels(store: Store) -> list[int]:
 
 
 def pack_slowly(source: str, store: str, ready: object) -> None:
-    """Packs in small shards, slowly enough to be killed at any point of it; `ready` is a pipe's end."""
+    """Packs in small shards, slowly enough to be killed at any point. `ready` is a pipe's end."""
     read = decode_pool.try_read
     store_format.SHARD, decode_pool.CHUNK, decode_pool.try_read = (
         8,

@@ -1,4 +1,4 @@
-"""What ranks.py asks of a rank: a function of a test module and its arguments, in a form that another process can read."""
+"""A function of a test module and its arguments, in a form that another process can read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def can_be_imported(name: str) -> bool:
-    """Tried here first: a module that cannot be imported would end the server, not only its own tests."""
+    """Tries it here first: in the server, a failing import would end the server."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -27,15 +27,15 @@ def can_be_imported(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Work:
-    """What every rank does, in a form that needs no import before the test's module is found by its FILE.
+    """A rank's work, in a form that needs no import before the test's module is found by its FILE.
 
-    pytest's importlib mode calls tests/test_x.py `tests.test_x`, a name that need not be importable elsewhere.
+    pytest's importlib mode calls tests/test_x.py `tests.test_x`; others may not find that name.
     """
 
     module: str
     file: str
     name: str
-    payload: bytes  # pickled (args, warning filters): read after the module is there, whose classes it may hold
+    payload: bytes  # pickled (args, warning filters), which may hold classes of the module
     environment: dict[str, str]
 
     @staticmethod
@@ -44,7 +44,8 @@ class Work:
         module = sys.modules.get(getattr(function, "__module__", ""))
         if getattr(module, name, None) is not function or not getattr(module, "__file__", None):
             raise ValueError(
-                f"run needs a function at the top level of a module, which another process can find; {name} is none"
+                f"run needs a function at the top level of a module, for other processes to find; "
+                f"{name} is none"
             )
         filters = [
             (action, _pattern(message), category, _pattern(where), line)
@@ -62,7 +63,7 @@ class Work:
         )
 
     def load(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The function and its arguments; from here on warnings are treated as they are at the caller."""
+        """The function and its arguments; sets the caller's warning filters."""
         module = sys.modules.get(self.module)
         if getattr(module, "__file__", None) is None or not os.path.samefile(
             module.__file__, self.file

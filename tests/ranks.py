@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: one process each on this machine, forked from one server that has torch imported.
+"""Runs a function on several ranks: a process each, forked from one server that has torch imported.
 
     def sum_of_ranks(rank, world_size):                      # at the top level of a test module
         with process_group(rank, world_size):
@@ -9,11 +9,13 @@
     def test_ranks_add_up():
         assert run(sum_of_ranks, 2, 2) == [1, 1]
 
-The first `run` of a session starts the server (a few seconds of imports); a later one takes about a fifth of a second.
-Each rank finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, as under torchrun, runs torch
-on one thread, and has the caller's folder, sys.path, other environment and warning filters (so a warning fails there, if it would fail here).
-What goes wrong in a rank is the caller's exception, `RanksFailed`: tracebacks, deaths by signal, and, when the time is up,
-which ranks were still running and at which line. No process of a rank outlives `run`.
+The first `run` of a session starts the server (a few seconds of imports); a later one takes about a
+fifth of a second. Each rank finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT in its environment, as under torchrun, runs torch on one thread, and has the caller's
+folder, sys.path, other environment and warning filters: a warning that is an error here is one
+there. A rank's failure is the caller's exception, `RanksFailed`: tracebacks, deaths by signal, and,
+when the time is up, which ranks were still running and at which line. No process of a rank outlives
+`run`.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from rank_work import Work, can_be_imported
 
 TESTS = Path(__file__).resolve().parent
 GRACE = 3.0
-"""Seconds that the other ranks have, once one has failed, to fail as well (and say how) before they are killed."""
+"""Seconds that other ranks have, once one has failed, to fail as well before they are killed."""
 
 _FOLDER = "RANKS_FOLDER"
 """Environment variable of a rank: the run's own folder, where process groups meet."""
@@ -61,7 +63,7 @@ _failed_at: list[float] = []
 
 
 class RanksFailed(AssertionError):
-    """Some ranks raised, died or hung; the message tells all. Ranks that did neither are in no dictionary."""
+    """Some ranks raised, died or hung; the message tells all. Other ranks are in no dictionary."""
 
     def __init__(self, message: str, failed: dict[int, str], running: dict[int, str]) -> None:
         super().__init__(message)
@@ -80,9 +82,10 @@ def run(
 ) -> list[Any]:
     """What `function(rank, *args)` returns on each of `world_size` ranks, by rank.
 
-    `function` stands at the top level of a module. Arguments and results are copied by pickle, tensors too (no memory is shared); `args`
-    are the same on every rank. Nothing is connected yet: see `process_group`. Raises RanksFailed if a rank raises, dies, or has not returned
-    `timeout` seconds after all have been started; after a first failure the others have `grace` seconds.
+    `function` stands at the top level of a module. Arguments and results are copied by pickle,
+    tensors too (no memory is shared); `args` are the same on every rank. Nothing is connected yet:
+    see `process_group`. Raises RanksFailed if a rank raises, dies, or has not returned `timeout`
+    seconds after all have been started; after a first failure the others have `grace` seconds.
     """
     __tracebackhide__ = True
     work = Work.of(function, args)
@@ -124,9 +127,10 @@ def process_group(
     backend: str = "gloo",
     timeout: float = 30.0,
 ) -> Iterator[None]:
-    """Inside a rank: the default process group of all ranks, destroyed at the end of the block. The default rank and size are the environment's.
+    """Inside a rank: the default process group of all ranks, destroyed at the end of the block.
 
-    The ranks meet through a file of this run alone, so that no port can be taken. Ranks enter their blocks in the same order.
+    Rank and size are the environment's by default. The ranks meet through a file of this run alone,
+    so that no port can be taken. Ranks enter their blocks in the same order.
     """
     meeting = Path(os.environ[_FOLDER]) / f"group{next(_group_numbers)}"
     dist.init_process_group(
@@ -148,8 +152,8 @@ def process_group(
 def start_server() -> None:
     """Starts the server, unless it runs. It dies with this process.
 
-    It is told where the tests and the package are (in Python 3.11 a fork server does not get sys.path), and gets no warning options: an import
-    that warns would otherwise end it.
+    It is told where the tests and the package are (in Python 3.11 a fork server does not get
+    sys.path), and gets no warning options: an import that warns would otherwise end it.
     """
     for path in (str(TESTS.parent), str(TESTS)):
         if path not in sys.path:
@@ -160,6 +164,7 @@ def start_server() -> None:
                 *_LIBRARIES,
                 __name__,
                 *filter(can_be_imported, ("alexnet_mp" + name for name in _PACKAGE)),
+                "rank_warmup",
             ]
         )
     outside = dict(os.environ)
@@ -221,7 +226,7 @@ class _Place:
 
 
 def _rank_main(place: _Place, work: Work) -> None:
-    """The process of one rank, which leads a process group of its own and takes it along when it goes."""
+    """The process of one rank. It leads a process group of its own, which ends with it."""
     os.setsid()
     with open(place.stack, "w") as stack, open(place.output, "wb") as output:
         os.dup2(output.fileno(), 1)
@@ -307,7 +312,7 @@ def _how_it_ended(exitcode: int) -> str:
 
 
 def _end(place: _Place, process: Any) -> None:
-    """Leaves nothing of a rank: neither itself nor, if it could not see to that, what it had started."""
+    """Ends a rank and, if it could not do so itself, the processes that it had started."""
     if process.pid is None:
         return
     if not place.outcome.exists():
@@ -339,7 +344,7 @@ def _report(
 
 @contextlib.contextmanager
 def _reserved_port() -> Iterator[int]:
-    """A free port that stays ours: while this socket holds it without listening, no other process is given it, and a store may listen there."""
+    """A free port, held by a socket that does not listen: no other process gets it, a store may."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))

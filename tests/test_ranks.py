@@ -1,4 +1,4 @@
-"""The helper that all tests of several ranks stand on: it must return what ranks return, and must not miss a failure."""
+"""The helper of several ranks returns what ranks return and gives each its place."""
 
 import os
 import subprocess
@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from ranks import RanksFailed, process_group, run
 
+pytestmark = pytest.mark.ranks
+
 
 @dataclass
 class Answer:
-    """A class of a test module: it travels only if the ranks know this module under the name that pytest gave it."""
+    """Travels only if the ranks know this module under the name that pytest gave it."""
 
     rank: int
     value: float
@@ -27,7 +29,7 @@ def answer(rank: int, question: Answer) -> Answer:
     return Answer(rank, question.value + rank)
 
 
-def test_results_come_back_by_rank_and_classes_of_the_test_module_travel_both_ways() -> None:
+def test_results_come_back_by_rank_and_classes_of_the_test_travel() -> None:
     assert run(answer, 3, Answer(0, 0.5)) == [Answer(0, 0.5), Answer(1, 1.5), Answer(2, 2.5)]
 
 
@@ -37,7 +39,7 @@ def module_and_file(rank: int) -> tuple[str, str, bool]:
     return __name__, __file__, Path(ranks.__file__).parent == Path(__file__).parent
 
 
-def test_a_rank_imports_this_test_module_from_its_file_and_the_helpers_beside_it() -> None:
+def test_a_rank_imports_the_test_module_from_its_file() -> None:
     assert run(module_and_file, 1) == [(__name__, __file__, True)]
 
 
@@ -51,12 +53,17 @@ def test_a_rank_imports_the_package_of_this_repository() -> None:
     assert Path(run(imported_package, 1)[0]).parents[2] == Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("options", [["--import-mode=importlib"], ["--import-mode=prepend"]])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher", [[sys.executable, "-m", "pytest"], [str(Path(sys.executable).with_name("pytest"))]]
+    ("launcher", "mode"),
+    [
+        ([sys.executable, "-m", "pytest"], "importlib"),
+        ([str(Path(sys.executable).with_name("pytest"))], "prepend"),
+    ],
+    ids=["python -m pytest, importlib", "pytest, prepend"],
 )
-def test_ranks_find_the_function_however_pytest_is_started_and_whatever_is_called_tests(
-    tmp_path: Path, launcher, options
+def test_ranks_find_the_function_however_pytest_is_started(
+    tmp_path: Path, launcher: list[str], mode: str
 ) -> None:
     (tmp_path / "site" / "tests").mkdir(parents=True)
     (tmp_path / "site" / "tests" / "__init__.py").write_text(
@@ -68,7 +75,8 @@ def test_ranks_find_the_function_however_pytest_is_started_and_whatever_is_calle
         f"import sys\nsys.path.insert(0, {str(folder)!r})\n"
     )
     (tmp_path / "repo" / "tests" / "test_copy.py").write_text(
-        "from ranks import run\n\ndef twice(rank, x):\n    return 2 * x + rank\n\ndef test_twice():\n    assert run(twice, 2, 5) == [10, 11]\n"
+        "from ranks import run\n\ndef twice(rank, x):\n    return 2 * x + rank\n\n"
+        "def test_twice():\n    assert run(twice, 2, 5) == [10, 11]\n"
     )
     command = [
         *launcher,
@@ -77,7 +85,7 @@ def test_ranks_find_the_function_however_pytest_is_started_and_whatever_is_calle
         "error",
         "-p",
         "no:cacheprovider",
-        *options,
+        f"--import-mode={mode}",
         "tests/test_copy.py",
     ]
     done = subprocess.run(
@@ -131,7 +139,7 @@ def place(rank: int) -> tuple:
     return *(os.environ.get(name) for name in names), torch.get_num_threads(), os.getcwd()
 
 
-def test_a_rank_has_one_thread_its_place_and_the_callers_environment_and_folder(
+def test_a_rank_has_its_place_and_the_callers_environment_and_folder(
     monkeypatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SAID_BY_THE_TEST", "yes")

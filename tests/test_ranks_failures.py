@@ -1,4 +1,4 @@
-"""The helper of several ranks misses no failure: an exception, a hang, a death, a process left behind."""
+"""The helper of several ranks misses no exception, hang, death or process left behind."""
 
 import argparse
 import os
@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RanksFailed, process_group, run
+
+pytestmark = pytest.mark.ranks
 
 
 def nothing(rank: int) -> None:
@@ -144,9 +146,7 @@ def unpicklable(rank: int):
     return lambda: rank
 
 
-def test_a_result_that_cannot_travel_is_an_error_and_so_is_a_function_that_cannot_be_found() -> (
-    None
-):
+def test_a_result_or_a_function_that_cannot_travel_is_an_error() -> None:
     with pytest.raises(RanksFailed, match="pickle"):
         run(unpicklable, 1)
     with pytest.raises(ValueError, match="top level of a module"):
@@ -179,7 +179,7 @@ def test_no_process_outlives_the_run(tmp_path: Path, how: str) -> None:
 
 
 def assert_gone(process_ids: list[int]) -> None:
-    """Waits two seconds at most until none of the processes is left (a killed orphan is for a moment a zombie)."""
+    """Waits two seconds at most until no process is left: a killed orphan is a zombie at first."""
     limit = time.monotonic() + 2
     while left := [pid for pid in process_ids if is_alive(pid)]:
         assert time.monotonic() < limit, f"still there: {left}"

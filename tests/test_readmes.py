@@ -1,4 +1,4 @@
-"""Everything printed in a README runs as printed: Python cells, the package's commands, and the scripts' flags."""
+"""Everything printed in a README runs: Python cells, the package's commands, scripts and flags."""
 
 import re
 import shlex
@@ -112,8 +112,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = {name: str(root / name) for name in ("MINE", "IMAGENET", "STORE", "RUN")}
     environment = {"XDG_CACHE_HOME": str(root / "cache")}
     done = run(
-        command, 1, "train", [*SMALL, "--epochs", "1", "--max-steps", "0", "--out", found["RUN"]], environment
-    )  # fmt: skip
+        command,
+        1,
+        "train",
+        [*SMALL, "--epochs", "1", "--max-steps", "0", "--out", found["RUN"]],
+        environment,
+    )
     assert done == [0]
     return found | {"cat.jpg": str(cat), "cache": environment["XDG_CACHE_HOME"]}
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 
-from alexnet_mp.cli.parser import is_main_process, parse_request
+from alexnet_mp.cli.flags import is_main_process, parse_request
 from alexnet_mp.cli.process import printing_json
 from alexnet_mp.config import Config
 from alexnet_mp.config.arguments import CheckRequest
@@ -15,7 +16,8 @@ from alexnet_mp.training.machine_check import Row, run_checks, versions
 
 DESCRIPTION = """Tells in under a minute whether training will work on this machine, and how fast:
 `torchrun --nproc_per_node=2 launch/check.py`. Compares the exchange with one device, forward and
-backward, in each precision; measures the link, images/s, limits. Paste its output into a bug report.
+backward, in each precision; measures the link, images/s, limits. Paste its output into a
+bug report.
 Exit code 1 where a check fails; its row names the remedy."""
 
 REMEDIES = (
@@ -35,7 +37,7 @@ def check(argv: Sequence[str]) -> int:
     with printing_json(request.json) as write:
         for row in _rows(request):
             rows.append(row)
-            if is_main_process():
+            if is_main_process() or row.name == "set-up":  # of which rank 0 may not know
                 print(_line(row), flush=True)
         failed = [row for row in rows if row.status == "FAIL"]
         write({"ok": not failed, "rows": [dataclasses.asdict(row) for row in rows]})
@@ -50,7 +52,8 @@ def _rows(request: CheckRequest) -> Iterator[Row]:
         context = init_parallel(_config(request))
     except (ValueError, RuntimeError) as error:
         message = " ".join(str(error).split())
-        yield Row("set-up", message, "FAIL", remedy_for(message))
+        rank = os.environ.get("RANK", "0")
+        yield Row("set-up", f"rank {rank}: {message}", "FAIL", remedy_for(message))
         return
     yield from run_checks(context, request.seconds)
     context.close()

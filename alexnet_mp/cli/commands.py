@@ -1,7 +1,8 @@
-"""The table of commands, and how one is run: `python -m alexnet_mp NAME`, which `launch/NAME.py` calls too.
+"""The table of commands, for `python -m alexnet_mp NAME` and for `launch/NAME.py`.
 
-A command is a function `NAME(argv) -> exit code` in the module that the table names. It is imported only when it is
-run, so that `--help` does not wait for torch. To add a command, write the function, a line here, and a launch/NAME.py.
+A command is a function `NAME(argv) -> exit code` in the module that the table names. It is imported
+only when it is run, so that `--help` does not wait for torch. To add a command, write the function,
+a line here, and a launch/NAME.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ COMMANDS = {
     "predict": ("alexnet_mp.cli.predict", "name what is on images"),
     "pack": ("alexnet_mp.cli.pack", "pack an image folder for fast training"),
     "figures": ("alexnet_mp.cli.figures", "draw kernels, curves and predictions of a finished run"),
+    "convert": ("alexnet_mp.cli.convert", "convert a network from or to other programs' files"),
+    "features": ("alexnet_mp.cli.features", "write a network's activations for a folder of images"),
     "check": ("alexnet_mp.cli.check", "tell whether training will work on this machine"),
 }
 

@@ -14,7 +14,10 @@ from alexnet_mp.data.decode_pool import Packing
 
 
 def pack(argv: Sequence[str]) -> int:
-    """Packs, or with --check only reads, the folder that `argv` names. Returns 2 if --check found unreadable files."""
+    """Packs, or with --check only reads, the folder that `argv` names.
+
+    Returns 2 if --check found unreadable files.
+    """
     request = parse_pack(argv)
     refuse_several_ranks("pack")
     source, labels, synsets = (

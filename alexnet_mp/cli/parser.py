@@ -1,23 +1,27 @@
-"""Flags become a configuration or a request: every field of the dataclasses is a flag, made by tyro."""
+"""The flags of train, evaluate, predict, pack and figures become a configuration or a request."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import re
-import shutil
-import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated
 
-import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from alexnet_mp.cli.flags import (
+    UsageError,
+    described,
+    help_width,
+    is_main_process,
+    parse_dataclass,
+    parse_request,
+    split_flags,
+    usage_errors,
+)
 from alexnet_mp.config import PRESETS, Config
 from alexnet_mp.config.arguments import (
     EvaluateRequest,
@@ -25,7 +29,6 @@ from alexnet_mp.config.arguments import (
     PackRequest,
     PredictRequest,
 )
-from alexnet_mp.config.command import torchrun_command, typed_command
 from alexnet_mp.config.presets import preset
 from alexnet_mp.config.renamed import refuse_old_spellings
 from alexnet_mp.data.dataset_packer import unfinished
@@ -33,7 +36,6 @@ from alexnet_mp.data.folder_layout import find_layout
 from alexnet_mp.parallel.launcher import launcher, restarts
 from alexnet_mp.training.checkpoint import read_to_resume
 
-DESCRIPTION_MARK = "@description@"
 LAST = "last"
 """The value of `--resume` without a file."""
 FREE_ON_RESUME = {"epochs", "max_steps", "patience", "delta", "data_dir", "cache_dir"}
@@ -53,33 +55,31 @@ MACHINE_DEFAULTS = {
 }
 """Fields that a resumed run does not take over: it may go on at another placement."""
 
-Request = TypeVar("Request")
+TRAIN = """Trains AlexNet in columns: `{torchrun} [flags]` puts one column on each of two GPUs (or
+CPU processes); `{python} [flags]` runs all columns on one device. Without flags: the demo preset
+on generated images, no download. A preset is a complete configuration; any flag below changes one
+field of it. The defaults that are shown are those of the preset that is named beside --help. Your
+own photographs: --preset photos --data folder --data-dir DIR, with a folder for each class in
+DIR."""
 
-TRAIN = """Trains AlexNet in columns: `{torchrun} [flags]` puts one column on each of two GPUs (or CPU processes); `{python} [flags]` runs
-all columns on one device. Without flags: the demo preset on generated images, no download. A preset is a complete
-configuration; any flag below changes one field of it. The defaults that are shown are those of the preset that is named
-beside --help. Your own photographs: --preset photos --data folder --data-dir DIR, with a folder for each class in DIR."""
+EVALUATE = """Measures trained networks: loss, top-1 and top-5 over a split's images. `{python}
+--checkpoint RUN/best.pt` repeats the test of the run in RUN, on one device or, under torchrun as
+for training, on several, whatever the placement that trained it. --ten-crop averages ten views of
+each image, as the paper's figures do; several --checkpoint are averaged as one network."""
 
-EVALUATE = """Measures trained networks: loss, top-1 and top-5 over a split's images. `{python} --checkpoint RUN/best.pt`
-repeats the test of the run in RUN, on one device or, under torchrun as for training, on several, whatever the placement
-that trained it. --ten-crop averages ten views of each image, as the paper's figures do; several --checkpoint are averaged
-as one network."""
+PREDICT = """Names what is on images: `{python} --checkpoint RUN/best.pt cat.jpg dog.png` shows
+the most probable classes of each. Files that cannot be read are named, the others are shown, and
+the exit code is then 2."""
 
-PREDICT = """Names what is on images: `{python} --checkpoint RUN/best.pt cat.jpg dog.png` shows the most probable classes of
-each. Files that cannot be read are named, the others are shown, and the exit code is then 2."""
+PACK = """Packs an image folder for fast training: `{python} SOURCE STORE`, then train with
+`--data store --data-dir STORE`. Shorter side 256, center 256x256, upright, RGB; images that are
+smaller keep their size. An interrupted command is repeated: it goes on where it was, and the
+store is the same to the byte."""
 
-PACK = """Packs an image folder for fast training: `{python} SOURCE STORE`, then train with `--data store --data-dir STORE`.
-Shorter side 256, center 256x256, upright, RGB; images that are smaller keep their size. An interrupted command is
-repeated: it goes on where it was, and the store is the same to the byte."""
-
-FIGURES = """Draws what a run has learned: kernels.png (the first layer, column above column, with its color selectivity),
-curves.png, samples.png (training images), predictions.png (test images with their likeliest classes) and neighbors.png
-(the training images nearest to test images by fc7), into RUN or --out. One process on one device, whatever the placement
-that trained it."""
-
-
-class UsageError(ValueError):
-    """A command line that cannot be run; every rank sees the same one."""
+FIGURES = """Draws what a run has learned: kernels.png (the first layer, column above column, with
+its color selectivity), curves.png, samples.png (training images), predictions.png (test images
+with their likeliest classes) and neighbors.png (the training images nearest to test images by
+fc7), into RUN or --out. One process on one device, whatever the placement that trained it."""
 
 
 def _optional_file(words: list[str]) -> str:
@@ -125,13 +125,13 @@ def parse_train(argv: Sequence[str]) -> Config:
     """
     # torch.distributed.launch adds this flag; it is in the environment too.
     words = [word for word in argv if not re.fullmatch("--local[-_]rank=[0-9]+", word)]
-    with _usage_errors():
+    with usage_errors():
         refuse_old_spellings(words)
-        resumed, words = _split(_Resume, words)
-        peek, _ = _split(_Peek, words)
+        resumed, words = split_flags(_Resume, words)
+        peek, _ = split_flags(_Peek, words)
         resume = _after_restart(peek.out) or resumed.resume
         base, checkpoint = _base(peek, resume)
-        config = _tyro(Config, words, _train_help(), base)
+        config = parse_dataclass(Config, words, _train_help(), base)
         if checkpoint is None:
             config = _with_found_data(config, peek)
         else:
@@ -140,38 +140,30 @@ def parse_train(argv: Sequence[str]) -> Config:
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluateRequest:
-    """The request that `argv` makes; `--checkpoint A B` is `--checkpoint A --checkpoint B`. Raises as `parse_train`."""
+    """The request that `argv` makes; `--checkpoint A B` is `--checkpoint A --checkpoint B`.
+
+    Raises as `parse_train`.
+    """
     words = _repeat_flags(argv, ("--checkpoint", "--weights"))
-    return parse_request(EvaluateRequest, words, _described(EVALUATE, "evaluate"))
+    return parse_request(EvaluateRequest, words, described(EVALUATE, "evaluate"))
 
 
 def parse_predict(argv: Sequence[str]) -> PredictRequest:
-    """The request that `argv` makes; words behind a flag's value are images. Raises as `parse_train`."""
-    return parse_request(PredictRequest, argv, _described(PREDICT, "predict"))
+    """The request that `argv` makes; words behind a flag's value are images.
+
+    Raises as `parse_train`.
+    """
+    return parse_request(PredictRequest, argv, described(PREDICT, "predict"))
 
 
 def parse_pack(argv: Sequence[str]) -> PackRequest:
     """The request that `argv` makes. Raises as `parse_train`."""
-    return parse_request(PackRequest, argv, _described(PACK, "pack"))
+    return parse_request(PackRequest, argv, described(PACK, "pack"))
 
 
 def parse_figures(argv: Sequence[str]) -> FiguresRequest:
     """The request that `argv` makes. Raises as `parse_train`."""
-    return parse_request(FiguresRequest, argv, _described(FIGURES, "figures"))
-
-
-def parse_request(kind: type[Request], argv: Sequence[str], description: str) -> Request:
-    """The request of type `kind`, which has a field `json`, that `argv` makes. Raises as `parse_train`."""
-    with _usage_errors():
-        request = _tyro(kind, argv, description)
-        if is_main_process():
-            _check_writable(getattr(request, "json", ""))
-    return request
-
-
-def is_main_process() -> bool:
-    """Whether this process prints what all ranks know (before any group exists)."""
-    return os.environ.get("RANK", "0") == "0"
+    return parse_request(FiguresRequest, argv, described(FIGURES, "figures"))
 
 
 def stored_config(path: Path) -> Config:
@@ -183,22 +175,23 @@ def stored_config(path: Path) -> Config:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from None
 
 
-# ---- what the flags change ----------------------------------------------------------------------------------------
-
-
 def _base(peek: _Peek, resume: str) -> tuple[Config, Path | None]:
-    """The configuration that the flags change, and the checkpoint that it comes from, if it is not a preset's."""
+    """The configuration that the flags change, and the checkpoint that it comes from, if it is not
+    a preset's.
+    """
     if not resume:
         return preset(peek.preset or "demo"), None
     if resume == LAST and not peek.out:
         raise ValueError(
-            "--resume alone means OUT/last.pt: name the run's folder with --out, or the file with --resume FILE"
+            "--resume alone means OUT/last.pt: name the run's folder with --out, "
+            "or the file with --resume FILE"
         )
     path = Path(peek.out or "", "last.pt") if resume == LAST else Path(resume)
     stored = stored_config(path)
     if peek.preset is not None and peek.preset != stored.preset:
         raise ValueError(
-            f"--preset {peek.preset}: {path} was trained with --preset {stored.preset}; leave the flag out to continue it"
+            f"--preset {peek.preset}: {path} was trained with --preset {stored.preset}; "
+            "leave the flag out to continue it"
         )
     out = peek.out or str(path.parent)
     return stored.with_fields(resume=str(path), out=out, **MACHINE_DEFAULTS), path
@@ -218,7 +211,8 @@ def _after_restart(out: str | None) -> str | None:
 
 
 def _with_found_data(config: Config, peek: _Peek) -> Config:
-    """`config`; where --data-dir is given without --data, with the kind of data that is in that folder.
+    """`config`; where --data-dir is given without --data, with the kind of data that is in that
+    folder.
 
     Generated images need no folder, so whoever names one means the images in it.
     """
@@ -256,62 +250,33 @@ def _refuse_changes(config: Config, stored: Config, path: Path) -> None:
         value, before = getattr(config.run, name), getattr(stored.run, name)
         if value != before:
             raise UsageError(
-                f"--{name} {value}: {path} was trained with {before}; leave the flag out to continue it"
+                f"--{name} {value}: {path} was trained with {before}; "
+                "leave the flag out to continue it"
             )
 
 
 def _train_help() -> str:
-    """The text above the flags of train: how to start, and every preset that exists, a user's own too."""
+    """The text above the flags of train: how to start, and every preset that exists, a user's own
+    too.
+    """
     margin = max(map(len, PRESETS)) + 4
     presets = [
         textwrap.fill(
             " ".join((PRESETS[name].__doc__ or "").partition("\n\n")[0].split()),
-            max(_help_width(), margin + 20),
+            max(help_width(), margin + 20),
             initial_indent=f"  {name}".ljust(margin),
             subsequent_indent=" " * margin,
         )
         for name in PRESETS
     ]
-    return "\n".join([_described(TRAIN, "train"), "", "Presets (--preset NAME):", *presets])
-
-
-def _described(text: str, command: str) -> str:
-    text = text.format(torchrun=torchrun_command(command), python=typed_command(command))
-    return textwrap.fill(" ".join(text.split()), _help_width(), break_on_hyphens=False)
-
-
-def _help_width() -> int:
-    return max(40, min(shutil.get_terminal_size().columns, 100))
-
-
-# ---- tyro ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Turns an error inside the block into a UsageError: it is a mistake in the command line."""
-    try:
-        yield
-    except BrokenPipeError:  # the reader of the help has gone; `run_main` ends quietly
-        raise
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from None
-
-
-def _check_writable(target: str) -> None:
-    """Raises ValueError before the work, not after it, where its result could not be written to `target`."""
-    path = Path(target).absolute()
-    if target in ("", "-"):
-        return
-    if path.is_dir():
-        raise ValueError(f"--json {target}: a folder; name a file in it")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        missing = "" if path.parent.is_dir() else f", there is no folder {path.parent}"
-        raise ValueError(f"--json {target}: cannot be written{missing}")
+    return "\n".join([described(TRAIN, "train"), "", "Presets (--preset NAME):", *presets])
 
 
 def _repeat_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """`argv` with each of `flags` before every one of its values: `--checkpoint A B` becomes `--checkpoint A --checkpoint B`."""
+    """`argv` with each of `flags` before every one of its values:
+
+    `--checkpoint A B` becomes `--checkpoint A --checkpoint B`.
+    """
     words: list[str] = []
     flag = None
     for before, word in zip(["", *argv], argv, strict=False):
@@ -321,78 +286,3 @@ def _repeat_flags(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
             words.append(flag)
         words.append(word)
     return words
-
-
-def _split(kind: type[Request], argv: Sequence[str]) -> tuple[Request, list[str]]:
-    """The flags of `kind` in `argv`, and the words that are left."""
-    with _one_line_errors():
-        options: dict[str, Any] = {"return_unknown_args": True, "add_help": False}
-        found, rest = tyro.cli(kind, args=list(argv), **options)
-        return found, list(rest)
-
-
-def _tyro(
-    kind: type[Request], argv: Sequence[str], description: str, default: Request | None = None
-) -> Request:
-    """Tyro's reading of `argv` as a `kind`, whose fields are `default`'s where no flag changes them."""
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    with _one_line_errors(), _help_with(description):
-        result: Request = tyro.cli(
-            tyro.conf.OmitArgPrefixes[kind],
-            args=list(argv),
-            prog=typed_command(),
-            description=DESCRIPTION_MARK,
-            **options,
-        )
-        return result
-
-
-class _HelpScreen(io.StringIO):
-    """Receives tyro's help, in color where a terminal shows it and NO_COLOR does not forbid it."""
-
-    def __init__(self, screen: TextIO) -> None:
-        super().__init__()
-        self._color = screen.isatty() and not os.environ.get("NO_COLOR")
-
-    def isatty(self) -> bool:
-        return self._color
-
-
-@contextlib.contextmanager
-def _help_with(description: str) -> Iterator[None]:
-    """Prints the help that tyro writes inside the block, with `description` in it, on the first rank only.
-
-    Tyro would put the description on one line, however long.
-    """
-    text = _HelpScreen(sys.stdout)
-    try:
-        with contextlib.redirect_stdout(text):
-            yield
-    finally:
-        if is_main_process():
-            sys.stdout.write(text.getvalue().replace(DESCRIPTION_MARK, description))
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turns tyro's boxed message and exit into a ValueError of one line."""
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            yield
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ValueError(_first_paragraph(message.getvalue())) from None
-
-
-def _first_paragraph(box: str) -> str:
-    """The first paragraph of tyro's box, without its frame."""
-    words = []
-    for line in box.splitlines()[1:]:
-        text = re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╰╮╯─ \n")
-        if not text:
-            break
-        words.append(text)
-    text = re.sub(r"^Error parsing \w+: ", "", " ".join(words)).replace("Error parsing ", "")
-    return f"{text} (--help lists the flags)"

@@ -1,7 +1,9 @@
-"""How a command ends: one readable line for what a user can mend, a stated exit code, and a stop that loses nothing.
+"""How a command ends: one readable line for what a user can mend, an exit code, and nothing lost.
 
-Exit codes: 0 done; 1 training failed; 2 the command, its files or its ranks are wrong; 128 + n stopped by signal n, with
-everything saved; 141 the reader of the output has gone.
+Exit codes: 0 done; 1 training failed; 2 the command, its files or its ranks are wrong; 128 + n
+stopped by signal n, with everything saved; 141 the reader of the output has gone.
+
+`run_main` decides what is printed. `heartbeat.report` prints it, once for all ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from alexnet_mp.config.command import typed_program
 from alexnet_mp.config.files import OUT_OF_SPACE
 from alexnet_mp.parallel import failure, heartbeat
 from alexnet_mp.parallel.launcher import Environment
-from alexnet_mp.training.trainer import NonFiniteError, Trainer
+from alexnet_mp.training.step_sync import NonFiniteError
+from alexnet_mp.training.trainer import Trainer
 
 HEAD_START = 3.0
 """Seconds that rank 0 has to print what all ranks know, before another one prints it."""
@@ -36,14 +39,14 @@ CONNECTED = 0.5
 ONE_PRESS = 0.3
 """Seconds within which a second Ctrl-C is the first one again, forwarded by torchrun."""
 STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
-"""SLURM warns by USR1 before the time limit; HUP comes when a terminal or an ssh connection closes."""
+"""SLURM warns by USR1 before the time limit; HUP comes when a terminal or a connection closes."""
 
 
 class Signals:
     """A signal of STOPPING ends the run after the current step, with everything saved.
 
-    A second Ctrl-C or Ctrl-\\ ends it at once. Signals are seen by a thread of their own: the main thread may be
-    inside a collective, where Python's handlers wait until it returns.
+    A second Ctrl-C or Ctrl-\\ ends it at once. Signals are seen by a thread of their own: the main
+    thread may be inside a collective, where Python's handlers wait until it returns.
     """
 
     def __init__(self) -> None:
@@ -84,9 +87,11 @@ class Signals:
 
 
 def survive_lost_screen() -> None:
-    """From now on a terminal or reader that has gone does not end the process; what is printed is then lost.
+    """From now on a terminal or reader that has gone does not end the process; what is printed is
+    then lost.
 
-    A closed terminal answers EIO to each write, `| head` EPIPE. What a training saves is worth more than its screen.
+    A closed terminal answers EIO to each write, `| head` EPIPE. What a training saves is worth more
+    than its screen.
     """
     sys.stdout, sys.stderr = _SurvivingStream(sys.stdout), _SurvivingStream(sys.stderr)
 
@@ -133,30 +138,28 @@ class _SurvivingStream(io.TextIOBase):
 
 
 def refuse_several_ranks(command: str) -> None:
-    """ValueError under torchrun: `command` is one process."""
+    """Raises ValueError under torchrun: `command` is one process."""
     if Environment.read().world_size > 1:
         raise ValueError(
-            f"{typed_program(command)} is one process, which uses all cores: start it with python, not with torchrun"
+            f"{typed_program(command)} is one process, which uses all cores: "
+            "start it with python, not with torchrun"
         )
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and exits with its code; errors that a user can cause become one line on the screen."""
-    # tqdm's own lock has a semaphore of multiprocessing. Where that is not fork (Python 3.14), a process that ends without
-    # Python's clean-up, by os._exit below or a kill, leaves it to a helper, which complains after the last line.
-    tqdm.set_lock(threading.RLock())
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # names of files and classes may hold what the locale has not
+    """Runs `main` and ends the process with its exit code.
+
+    An error that a user can cause becomes one line on the screen, a fault of the program a
+    traceback, of the rank where it began.
+    """
+    _prepare_streams()
     try:
         code = main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of the output has gone, as after `| head`
         code = fail("the standard output was closed", 141) if heartbeat.current() else 141
     except NonFiniteError as error:
         code = fail(error, 1, alike=True)
@@ -165,24 +168,37 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     except (torch.OutOfMemoryError, MemoryError) as error:
         code = fail(f"out of memory: {_first_line(error)}; a smaller --batch-size needs less", 1)
     except RuntimeError as error:
-        code = (
-            _lost(error)
-            if failure.is_backend_error(error) and heartbeat.current()
-            else _unexpected(error)
-        )
+        heart = heartbeat.current()
+        if heart and failure.is_backend_error(error):
+            code = _fail_with_peer(heart, error)
+        else:
+            code = _fail_unexpected(error)
     except BaseException as error:
-        code = _unexpected(error)
+        code = _fail_unexpected(error)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    # Not sys.exit: a gloo thread that still waits for a dead peer would keep the interpreter from ending.
+    # Not sys.exit: a gloo thread that waits for a dead peer would keep the interpreter from ending.
     os._exit(code)
 
 
-def fail(error: BaseException | str, code: int, alike: bool = False) -> int:
-    """Says `error` once for all ranks, unless another rank's was first: then that is the cause, and has been said.
+def _prepare_streams() -> None:
+    """Lets the streams print any name, and tqdm leave nothing behind."""
+    # tqdm's own lock has a semaphore of multiprocessing. Where that is not fork (Python 3.14), a
+    # process that ends without Python's clean-up, by os._exit or a kill, leaves it to a helper,
+    # which complains after the last line.
+    tqdm.set_lock(threading.RLock())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files and classes may hold letters that the locale lacks.
+            stream.reconfigure(errors="backslashreplace")
 
-    `alike`: all ranks raise the same, which then is no rank's own.
+
+def fail(error: BaseException | str, code: int, alike: bool = False) -> int:
+    """Reports `error` and returns `code`.
+
+    It is printed once for all ranks, and not at all where another rank's error came first: that one
+    is the cause. `alike`: all ranks raise the same error, so that no rank is named.
     """
     rank = os.environ.get("RANK", "0")
     several = os.environ.get("WORLD_SIZE", "1") != "1"
@@ -190,7 +206,7 @@ def fail(error: BaseException | str, code: int, alike: bool = False) -> int:
     heart = heartbeat.current()
     if rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank while it waits
-        # What all ranks know, rank 0 says for all.
+        # An error that all ranks have is rank 0's to print.
         if heart:
             heart.wait_for_cause(CONNECTED)
         else:
@@ -202,27 +218,27 @@ def fail(error: BaseException | str, code: int, alike: bool = False) -> int:
     return code
 
 
-def _lost(error: RuntimeError) -> int:
-    """A collective failed, mostly since another rank has ended: what that rank said, or was found to have died of, is the cause."""
-    heart = heartbeat.current()
+def _fail_with_peer(heart: heartbeat.Heartbeat, error: RuntimeError) -> int:
+    """Ends after a failed collective, mostly because another rank has ended, whose error is the
+    cause.
+    """
     cause = heart.wait_for_cause(3 * heart.interval + 1)
-    if cause is None and heart.store_lost and heart.own_store:
+    if cause is not None:
+        failure.tell_torchrun(cause)
+        return 1
+    if heart.store_lost and heart.own_store:
         return fail(heartbeat.WITHOUT_STORE, 1, alike=True)
-    if cause is None:
-        return fail(
-            failure.explain_nccl_error(error)
-            or f"lost another rank, or it did not answer within --timeout ({_first_line(error)})",
-            1,
-        )
-    failure.tell_torchrun(cause)
-    return 1
+    lost = f"lost another rank, or it did not answer within --timeout ({_first_line(error)})"
+    return fail(failure.explain_nccl_error(error) or lost, 1)
 
 
-def _unexpected(error: BaseException) -> int:
-    """A fault of the program's: the whole traceback, of the rank where it began, and the cause once more below it."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
+def _fail_unexpected(error: BaseException) -> int:
+    """Ends after a fault of the program: the traceback of the rank where it began, the cause below
+    it.
+    """
     message = f"{type(error).__name__}: {_first_line(error)}"
-    message = f"rank {os.environ.get('RANK', '0')}: {message}" if several else message
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        message = f"rank {os.environ.get('RANK', '0')}: {message}"
     heartbeat.report(message, details=lambda: traceback.print_exception(error))
     return 1
 
@@ -234,9 +250,10 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def printing_json(target: str) -> Iterator[Callable[[Any], None]]:
-    """Gives a function that writes its argument to the file `target` ("-": standard output; "": nowhere), on the main rank.
+    """Gives a function that writes its argument as JSON to the file `target`, on rank 0.
 
-    With "-" all that is printed inside the block goes to the standard error instead.
+    "" writes nowhere. "-" is the standard output; what is printed inside the block then goes to
+    the standard error instead.
     """
     output = sys.stdout
 
@@ -255,7 +272,7 @@ def printing_json(target: str) -> Iterator[Callable[[Any], None]]:
 
 
 def _finite(content: Any) -> Any:
-    """JSON has no number for what is not finite; null says that there is none."""
+    """`content` with null for each number that is not finite, which JSON cannot hold."""
     if isinstance(content, dict):
         return {name: _finite(value) for name, value in content.items()}
     if isinstance(content, list):

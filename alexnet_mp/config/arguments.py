@@ -1,4 +1,7 @@
-"""What can be asked beside training: the flags of launch/evaluate.py, predict.py and pack.py, checked when they are made."""
+"""The requests of the commands beside train, checked when they are made.
+
+The docstring of a field is its flag's help.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,26 @@ from tyro.conf import Positional, UseAppendAction, arg
 from alexnet_mp.config.configuration import RunConfig
 from alexnet_mp.config.model import check
 
+WeightFormat = Literal[
+    "checkpoint", "safetensors", "grouped", "torchvision", "onnx", "caffe", "npy"
+]
+
 
 @dataclass(frozen=True)
 class Networks:
-    """Which networks answer, how their answers become one, and the machine they run on."""
+    """The networks that are asked, how their outputs are averaged, and the machine they run on."""
 
     checkpoint: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE")] = ()
     """last.pt or best.pt of a run. Several are averaged: name the flag again for each."""
     weights: Annotated[UseAppendAction[tuple[float, ...]], arg(metavar="W")] = ()
-    """What each checkpoint counts for, in their order; only the ratios matter. Default: all the same."""
+    """Weight of each checkpoint in the average, in their order; only the ratios matter. Default:
+    all the same."""
     ten_crop: bool = False
-    """Average ten views of each image (corners, center, and those mirrored) instead of the center alone (P 4.1)."""
+    """Average ten views of each image (corners, center, and those mirrored) instead of the center
+    alone (P 4.1)."""
     average: Literal["probabilities", "logits"] = "probabilities"
-    """Of a network's views: the softmax outputs (P 4.1), or what goes into the softmax. Networks: always the outputs."""
+    """Outputs that are averaged over a network's views: of the softmax (P 4.1), or its inputs. Over
+    networks, softmax outputs are averaged always."""
     device: Literal["auto", "cpu", "cuda", "mps"] = RunConfig.device
     """auto: CUDA, else Apple's MPS (one rank), else the CPU."""
     backend: Literal["auto", "gloo", "nccl"] = RunConfig.backend
@@ -33,7 +43,8 @@ class Networks:
     threads: int = RunConfig.threads
     """CPU threads of each rank; 0 shares the machine's cores evenly."""
     column_ranks: int = RunConfig.column_ranks
-    """Ranks that share one copy of the networks; 0: the most that columns and ranks allow. 1: data parallel."""
+    """Ranks that share one copy of the networks; 0: the most that columns and ranks allow. 1: data
+    parallel."""
     timeout: float = RunConfig.timeout
     """Seconds that one rank waits for another before it gives up."""
 
@@ -50,7 +61,8 @@ class Networks:
         )
         check(
             all(0 <= w < math.inf for w in weights) and (not weights or sum(weights) > 0),
-            f"--weights {' '.join(f'{w:g}' for w in weights)}: none may be negative, and not all of them 0",
+            f"--weights {' '.join(f'{w:g}' for w in weights)}: "
+            "none may be negative, and not all of them 0",
         )
 
     @property
@@ -69,25 +81,28 @@ class Networks:
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """How good are they? What is not given is as the first checkpoint was trained."""
+    """The flags of `evaluate`. A field that is not given is as the first checkpoint was trained."""
 
     networks: Networks
     split: Literal["test", "val", "train"] = "test"
-    """Which images; train: the training images, seen as in testing."""
+    """Images to measure; train: the training images, seen as in testing."""
     data: Literal["shapes", "cifar10", "fashion-mnist", "folder", "store"] | None = None
     """The set, of the same classes; None: the one that the first checkpoint was trained on."""
     data_dir: str | None = None
-    """Where the set is; None: where it was then."""
+    """Where the set is; None: where it was in training."""
     cache_dir: str | None = None
-    """Where generated and packed images are kept; None: alexnet_mp in $XDG_CACHE_HOME or ~/.cache."""
+    """Where generated and packed images are kept; None: alexnet_mp in $XDG_CACHE_HOME or in
+    ~/.cache."""
     limit_test: int = 0
-    """Only N images of the test split, the same that training takes with this flag; 0: all, also if training took fewer."""
+    """Only N images of the test split, the same that training takes with this flag; 0: all, also if
+    training took fewer."""
     limit_val: int = 0
     """Likewise for --split val."""
     limit_train: int = 0
     """Likewise for --split train."""
     batch_size: int = 0
-    """Images at a time, over all ranks together; 0: as in training. Ten views need no more memory than one."""
+    """Images at a time, over all ranks together; 0: as in training. Ten views need no more memory
+    than one."""
     json: Annotated[str, arg(metavar="FILE")] = ""
     """Write the result into this file too; -: to the standard output, and nothing else there."""
 
@@ -106,7 +121,7 @@ class EvaluateRequest:
             )
 
     def data_fields(self) -> dict[str, Any]:
-        """What changes in a checkpoint's data configuration; its own limits never count."""
+        """The fields that replace those of a checkpoint's data; its own limits never count."""
         given = {
             name: value
             for name in ("data", "data_dir")
@@ -119,7 +134,7 @@ class EvaluateRequest:
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """What is on these images?"""
+    """The flags of `predict`."""
 
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE")]
     """Image files of any format that Pillow reads, told by content."""
@@ -127,7 +142,7 @@ class PredictRequest:
     top: int = 5
     """Classes shown for each image, the most probable first."""
     json: Annotated[str, arg(metavar="FILE")] = ""
-    """Write the predictions into this file too; -: to the standard output, and nothing else there."""
+    """Write the predictions into this file too; -: to the standard output, with nothing else."""
 
     def __post_init__(self) -> None:
         check(len(self.images) > 0, "IMAGE: name one image file or more, after the flags")
@@ -136,22 +151,25 @@ class PredictRequest:
 
 @dataclass(frozen=True)
 class PackRequest:
-    """Which images, and where to?"""
+    """The flags of `pack`."""
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """Folder with train/CLASS/, and val or test or both likewise; or what ImageNet's archives unpack to."""
+    """Folder with CLASS/, or with train/CLASS/ and val or test likewise; or an unpacked ImageNet or
+    Tiny-ImageNet."""
     store: Annotated[Positional[str], arg(metavar="STORE")] = ""
-    """New folder for the packed images, or one whose packing was interrupted: it is then finished."""
+    """New folder for the packed images, or one whose packing was interrupted and goes on."""
     encode: Literal["raw", "jpeg"] = "raw"
-    """raw: 196,608 bytes an image, the fastest to load. jpeg: about an eighth of that, decoded again at every load."""
+    """raw: 196,608 bytes an image, the fastest to load. jpeg: about an eighth of that, decoded
+    again at every load."""
     check: bool = False
-    """Only report what would be packed, left out or refused: every file is read, nothing written."""
+    """Only report which files would be packed, left out or refused: read all, write nothing."""
     on_error: Literal["stop", "skip"] = "stop"
     """At files that cannot be read, stop and name them, or leave them out and list them."""
     val_labels: Annotated[str, arg(metavar="FILE")] = ""
-    """Classes of a flat folder val: a line an image, CLASS (in the order of the files' names) or FILE CLASS; or Kaggle's LOC_val_solution.csv."""
+    """Classes of a flat folder val: a line an image, CLASS (in the order of the files' names) or
+    FILE CLASS; or Kaggle's LOC_val_solution.csv."""
     val_synsets: Annotated[str, arg(metavar="FILE")] = ""
-    """Where --val-labels has numbers: which class each is; line k names class k, or NUMBER CLASS lines."""
+    """Class of each number in --val-labels: line k names class k, or lines are NUMBER CLASS."""
     workers: int = 0
     """Threads; 0: one for each core."""
     json: Annotated[str, arg(metavar="FILE")] = ""
@@ -172,7 +190,7 @@ class PackRequest:
 
 @dataclass(frozen=True)
 class FiguresRequest:
-    """Which pictures?"""
+    """The flags of `figures`."""
 
     run: Annotated[Positional[str], arg(metavar="RUN")]
     """Folder of a run: config.json, history.jsonl, and best.pt or last.pt."""
@@ -185,9 +203,10 @@ class FiguresRequest:
     compare: Annotated[tuple[str, ...], arg(metavar="RUN2")] = ()
     """More runs' folders, after RUN: compare.png shows one number of all of them."""
     key: str = "train_top1"
-    """What compare.png shows, a name in history.jsonl; accuracies as errors."""
+    """Name in history.jsonl that compare.png shows; accuracies are shown as errors."""
     target: float | None = None
-    """Horizontal line in compare.png, e.g. 0.25; the legend says after how many epochs each run reached it."""
+    """Horizontal line in compare.png, e.g. 0.25; the legend says after how many epochs each run
+    reached it."""
     data_dir: str = ""
     """Where the images are; default: where they were in training."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -195,7 +214,8 @@ class FiguresRequest:
     threads: int = 0
     """CPU threads; 0: all cores."""
     json: Annotated[str, arg(metavar="FILE")] = ""
-    """Write what is to be seen into this file too, in numbers; -: to the standard output, and nothing else there."""
+    """Write the numbers behind the pictures into this file too; -: to the standard output, and
+    nothing else there."""
 
     def __post_init__(self) -> None:
         for name in ("images", "window"):
@@ -222,3 +242,49 @@ class CheckRequest:
 
     def __post_init__(self) -> None:
         check(0 < self.seconds < 1e4, f"--seconds {self.seconds}: a positive number of seconds")
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """The flags of the command `convert`."""
+
+    source: Annotated[Positional[str], arg(metavar="IN")]
+    """The file with a trained network."""
+    target: Annotated[Positional[str], arg(metavar="OUT")]
+    """The new file; one that is there is replaced. Its end names its format: .pt .safetensors .pth .onnx .caffemodel .npy."""
+    from_kind: Annotated[WeightFormat | None, arg(name="from")] = None
+    """The format of IN; None: as its content shows."""
+    to_kind: Annotated[WeightFormat | None, arg(name="to")] = None
+    """The format of OUT; None: as the end of its name says."""
+    classes: Annotated[str, arg(metavar="FILE")] = ""
+    """Names of the classes, one a line, in the order of the logits."""
+    preset: str = ""
+    """What the network computes (norm, pooling, padding), for a state dict that does not say it."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write what was converted into this file too; -: to the standard output, and nothing else there."""
+
+
+@dataclass(frozen=True)
+class FeaturesRequest:
+    """The flags of the command `features`."""
+
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
+    """Folder of image files; folders in it are read too."""
+    out: Annotated[Positional[str], arg(metavar="OUT.npz")]
+    """The new file, with `features` and `files`."""
+    checkpoint: Annotated[str, arg(metavar="FILE")]
+    """best.pt of a run, or a network in any format that `convert` reads."""
+    layer: Literal["conv5", "fc6", "fc7"] = "fc7"
+    """Whose output, after pooling and ReLU, columns side by side."""
+    batch_size: int = 64
+    """Images at a time."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = RunConfig.device
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    threads: int = RunConfig.threads
+    """CPU threads; 0: all cores."""
+    json: Annotated[str, arg(metavar="FILE")] = ""
+    """Write the report into this file too; -: to the standard output, and nothing else there."""
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, f"--batch-size {self.batch_size}: one image or more")
+        check(self.out.endswith(".npz"), f"OUT.npz {self.out}: the name must end in .npz")

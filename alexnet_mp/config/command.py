@@ -7,10 +7,11 @@ from pathlib import Path
 
 
 def typed_program(name: str | None = None) -> str:
-    """The program as it stands behind `python` or `torchrun ...`: `launch/train.py` or `-m alexnet_mp train`.
+    """The words behind `python` or `torchrun`, e.g. `launch/train.py` or `-m alexnet_mp train`.
 
-    `name` is another command ("pack"), in the spelling in which this one was typed. Inside a notebook or a test, where
-    nothing was typed, the spelling is `-m alexnet_mp`, which needs no particular folder.
+    `name` is another command ("pack"), in the spelling in which this one was typed. Inside a
+    notebook or a test, where nothing was typed, the spelling is `-m alexnet_mp`, which needs no
+    particular folder.
     """
     script = Path(sys.argv[0])
     if script.name == "__main__.py" and script.parent.name == "alexnet_mp":
@@ -29,10 +30,16 @@ def typed_command(name: str | None = None) -> str:
 
 
 def torchrun_command(name: str | None = None, ranks: int = 2) -> str:
-    """The command line of several ranks: `torchrun --nproc_per_node=2 launch/train.py`. `name` as in `typed_program`."""
+    """The command line of several ranks, e.g. `torchrun --nproc_per_node=2 launch/train.py`.
+
+    `name` is as in `typed_program`.
+    """
     return f"torchrun --nproc_per_node={ranks} {typed_program(name)}"
 
 
 def how_to_start() -> str:
     """The way out of an environment that no launcher set, or not wholly."""
-    return f"start with `{torchrun_command()}`, or with `{typed_command()}` after `unset RANK WORLD_SIZE`"
+    return (
+        f"start with `{torchrun_command()}`, "
+        f"or with `{typed_command()}` after `unset RANK WORLD_SIZE`"
+    )

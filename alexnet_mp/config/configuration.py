@@ -1,6 +1,7 @@
-"""What can be configured: four frozen dataclasses, checked when they are made.
+"""The configuration of a run: four frozen dataclasses, checked when they are made.
 
-Each default is the paper's, its section beside it (P 3.3); `presets.py` holds what other configurations change.
+Each default is the paper's, its section beside it (P 3.3). `presets.py` holds the changes of the
+other named configurations, and names the sources. The docstring of a field is its flag's help.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ __all__ = ["LAYERS", "Config", "DataConfig", "ModelConfig", "RecipeConfig", "Run
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and what is done to a batch before the network sees it."""
+    """The source of the images, and how a batch is changed before the network sees it.
+
+    Sides are in pixels. Raises ValueError, one line that names the flag, for a value that cannot
+    be.
+
+        DataConfig(data="folder", data_dir="~/pets", limit_train=1000)
+    """
 
     data: Literal["shapes", "cifar10", "fashion-mnist", "folder", "store"] = "shapes"
-    """shapes (generated, no download), cifar10, fashion-mnist, folder (DIR/train/CLASS/*), store (packed)."""
+    """shapes (generated, no download), cifar10, fashion-mnist, folder (DIR/CLASS/*, or
+    DIR/train/CLASS/* and val or test or both), store (packed)."""
     data_dir: str = "data"
     """Where the set is, or is to be put."""
     cache_dir: str | None = None
-    """Where generated and packed images are kept; None: alexnet_mp in $XDG_CACHE_HOME or ~/.cache."""
+    """Where generated and packed images are kept; None: alexnet_mp in $XDG_CACHE_HOME or in
+    ~/.cache."""
     on_error: Literal["stop", "skip"] = "stop"
     """folder: at files that cannot be read, stop and name them, or leave them out and list them."""
     shuffle: Literal["full", "blocks"] = "full"
-    """Order of an epoch. full: any; blocks: near each other in the store within 8,192, for spinning disks and network storage."""
+    """Order of an epoch. full: any order. blocks: neighbors in the store stay near each other,
+    within 8,192 images, which suits spinning disks and network storage."""
     limit_train: int = 0
     """Use the first N training images, after the seeded shuffle; 0: all."""
     limit_val: int = 0
@@ -37,17 +47,22 @@ class DataConfig:
     limit_test: int = 0
     """Likewise for the test split."""
     validation_share: float = 0.1
-    """Class-balanced share of the training images held out for validation, where the set has no split of its own."""
+    """Share of the training images, balanced by class, that is held out for validation, and for the
+    test, where the set has no split of its own."""
     validation: Literal["held-out", "val"] = "held-out"
-    """Where a set has one split beside train, the test split. held-out: validate on a share of train. val: train on all of train and validate on the test images, as the paper and the 2012 source do."""
+    """Which images validate, where a set has one split beside train, the test split. held-out: a
+    share of train. val: the test images, and all of train trains, as in the paper and the 2012
+    source."""
     stored_side: int = 256
     """Side of the stored images that the crop is scaled to (P 2)."""
     crop_of: int = 227
-    """The crop that belongs to stored_side: images are resized to stored_side * image_size / crop_of, then cropped."""
+    """The crop that belongs to --stored-side: images are resized to stored-side * image-size /
+    crop-of, then cropped to --image-size."""
     random_crop: bool = True
     """Crop at a random place in training (P 4.1); otherwise, and in testing, at the center."""
     last_offset: bool = True
-    """Whether a crop may touch the right and bottom edge: 33 offsets an axis (2012 source) or the paper's 32."""
+    """Let a crop touch the right and bottom edge: 33 offsets an axis (2012 source), not the paper's
+    32."""
     flip: bool = True
     """Mirror half of the training images (P 4.1)."""
     images_per_crop: int = 1
@@ -55,19 +70,24 @@ class DataConfig:
     color_noise: float = 0.0
     """Standard deviation of the PCA color noise, 0.1 in P 4.1; 0: none."""
     color_unit: Literal["eigenvalue", "deviation"] = "deviation"
-    """What a draw is multiplied by: the paper says the eigenvalue, the 2012 source takes its square root."""
+    """Factor of a draw: the eigenvalue (P 4.1), or its square root, the deviation (2012 source)."""
     color_divides: bool = False
     """Divide the noisy image by 1 + color_noise, as the 2012 source does."""
     mean: Literal["image-center", "image-aligned", "values", "half", "none"] = "image-center"
-    """What is subtracted. image-center: the mean image's center crop (2012 source); image-aligned: the crop's own place in it; values: --mean-values; half: 127.5, and the rest is divided by 127.5 (-1 to 1)."""
+    """The mean that is subtracted. image-center: the mean image's center crop (2012 source).
+    image-aligned: the mean image at the crop's own place. values: --mean-values. half: 127.5, and
+    the rest is divided by 127.5, so that values lie between -1 and 1."""
     mean_values: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Gray levels (0 to 255) of red, green and blue that --mean values subtracts: 122.67891 116.66877 104.00699 for Caffe's networks."""
+    """Levels (0 to 255) of red, green and blue that --mean values subtracts: 122.67891 116.66877
+    104.00699 for Caffe's networks."""
     deviations: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Gray levels by which red, green and blue are divided after the mean: 58.395 57.12 57.375 for torchvision's networks."""
+    """Levels by which red, green and blue are divided after the mean: 58.395 57.12 57.375 for
+    torchvision's networks."""
     color_order: Literal["rgb", "bgr"] = "rgb"
     """Order of the colors that the network reads; Caffe's networks read bgr."""
     resize: Literal["shorter", "warp"] = "shorter"
-    """How predict and features make an image square. shorter: by its shorter side, then the center; warp: both sides, whatever the aspect, as Caffe's networks were trained. Stored images are square already."""
+    """How predict and features make an image square. shorter: by its shorter side, then the center.
+    warp: by both sides, whatever the aspect, as for Caffe's networks. Stored images are square."""
 
     def __post_init__(self) -> None:
         check_not_negative(self, "limit_train", "limit_val", "limit_test", "color_noise")
@@ -94,13 +114,18 @@ class DataConfig:
         )
 
     def resized_side(self, image_size: int) -> int:
-        """The side to which a batch is resized before it is cropped to `image_size`: round(256 * S / 227)."""
+        """The side to which a batch is resized before it is cropped to `image_size`, in pixels."""
         return round(self.stored_side * image_size / self.crop_of)
 
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """How the network is trained."""
+    """How the network is trained: epochs, batch, rate, schedule, early stopping.
+
+    Raises ValueError, one line that names the flag, for a value that cannot be.
+
+        RecipeConfig(epochs=6, batch_size=32, lr=0.02, schedule="cosine")
+    """
 
     epochs: int = 90
     """Passes over the training images (P 5)."""
@@ -109,7 +134,7 @@ class RecipeConfig:
     batch_size: int = 128
     """Images in one step, over all ranks together (P 5)."""
     optimizer: Literal["2012", "torch"] = "2012"
-    """2012: the learning rate inside the velocity, as the paper prints it. torch: torch.optim.SGD."""
+    """2012: the learning rate stands inside the velocity (P 5). torch: torch.optim.SGD."""
     lr: float = 0.01
     """Learning rate of the weights (P 5)."""
     bias_lr: float | None = None
@@ -119,17 +144,19 @@ class RecipeConfig:
     weight_decay: float = 0.0005
     """Decay of the weights (P 5)."""
     bias_decay: bool = True
-    """Whether biases decay too. The paper prints one rule for all; the 2012 source decays weights only."""
+    """Decay biases too: P 5 prints one rule for all; the 2012 source decays weights only."""
     schedule: Literal["constant", "plateau", "2012", "cosine"] = "plateau"
-    """plateau: lr falls where validation loss stalls; log: the 2012 run's epochs, scaled; cosine: to zero at the end."""
+    """Course of lr. plateau: it falls where the validation loss stalls. 2012: at --schedule-epochs,
+    as it was changed by hand in 2012. cosine: half a cosine to zero at the last epoch."""
     schedule_epochs: tuple[int, int, int, int, int] = (25, 51, 67, 72, 79)
-    """log: of 90, the epochs at whose ends lr falls, falls again, conv1 goes to 1e-5 and the color noise ends, conv1 freezes, lr falls (net 145)."""
+    """2012: epochs, counted as if all were 90, at whose ends lr falls; falls again; conv1's rate
+    goes to 1e-5 and the color noise ends; conv1 freezes; lr falls a third time (LP145:165-182)."""
     warmup_epochs: float = 0.0
     """Epochs over which the rate of a cosine schedule rises from zero."""
     lr_factor: float = 0.1
-    """plateau: what a stall multiplies the learning rate by (P 5)."""
+    """plateau: factor of the learning rate at a stall (P 5)."""
     lr_patience: int = 3
-    """plateau: epochs without improvement that are borne before lr falls."""
+    """plateau: epochs without improvement before lr falls at the next one."""
     lr_min: float = 1e-5
     """plateau: lr falls no further (P 5: three falls)."""
     patience: int = 0
@@ -157,14 +184,20 @@ class RecipeConfig:
             len(self.schedule_epochs) == 5
             and list(self.schedule_epochs) == sorted(self.schedule_epochs)
             and min(self.schedule_epochs) > 0,
-            f"--schedule-epochs {' '.join(map(str, self.schedule_epochs))}: five epochs above 0, none before the one to its left",
+            f"--schedule-epochs {' '.join(map(str, self.schedule_epochs))}: five epochs above 0, "
+            "none before the one to its left",
         )
         check(0 < self.lr_factor < 1, f"--lr-factor {self.lr_factor}: between 0 and 1")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The machine, the placement and the folder. Nothing here changes what is computed, beyond rounding."""
+    """The machine, the placement and the folder. Nothing here changes the result, beyond rounding.
+
+    Raises ValueError, one line that names the flag, for a value that cannot be.
+
+        RunConfig(seed=1, device="cpu", threads=2, out="runs/mine")
+    """
 
     seed: int = 0
     """Seed of weights, order, crops, flips, colors, dropout and generated data."""
@@ -175,13 +208,15 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the layers; weights and LRN stay in float32."""
     exchange_precision: Literal["same", "bf16"] = "same"
-    """What crosses between ranks: same, in the layers' own precision, or bf16, half of float32's bytes. Logits never narrow."""
+    """Precision of the activations that ranks exchange. same: the layers'. bf16: half of float32's
+    bytes. Logits are always sent as they are."""
     profile: bool = False
-    """Write OUT/trace.json, of a few steps for chrome://tracing or Perfetto, and print where each step's time goes."""
+    """Write OUT/trace.json of a few steps, for Perfetto, and print where each step's time goes."""
     compile: bool = False
-    """Compile what lies between two crossings with torch.compile."""
+    """Compile the layers between two crossings with torch.compile. A crossing is where ranks
+    exchange."""
     cuda_graphs: bool = False
-    """Compile it and replay it as CUDA graphs; the exchange stays outside them."""
+    """Compile them and replay them as CUDA graphs; the exchange stays outside the graphs."""
     deterministic: bool = False
     """Only algorithms that repeat bit for bit (on CUDA slower)."""
     threads: int = 0
@@ -189,7 +224,8 @@ class RunConfig:
     workers: int = 0
     """Threads of each rank that prepare batches; 0: one, or --threads where a store holds JPEGs."""
     column_ranks: int = 0
-    """Ranks that share one copy of the network; 0: the most that columns and ranks allow. 1: data parallel."""
+    """Ranks that share one copy of the network. 0: the most that columns and ranks allow. 1: each
+    rank holds all columns (data parallel)."""
     out: str = ""
     """Folder for the run's files; default runs/PRESET-DATA-TIME."""
     resume: str = ""
@@ -197,7 +233,7 @@ class RunConfig:
     save_every: int = 0
     """Steps between two saves of last.pt within an epoch; 0: at the ends of epochs only."""
     keep_checkpoints: int = 0
-    """Checkpoints of the last N epochs to keep as epoch-0001.pt and so on, beside last.pt and best.pt."""
+    """Keep the checkpoints of the last N epochs too, as epoch-0001.pt and so on."""
     timeout: float = 60.0
     """Seconds that one rank waits for another before it gives up."""
 
@@ -211,10 +247,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One complete configuration: `dataclasses.replace` or `with_fields` makes variants of it."""
+    """One complete configuration of a run. `with_fields` makes variants of it.
+
+    >>> from alexnet_mp import preset
+    >>> preset("demo").with_fields(lr=0.01, image_size=99).recipe.lr
+    0.01
+    """
 
     preset: str = "demo"
-    """The named configuration that the other flags change: demo, paper, original, original-half, original-isolated, tutorial, four-layers."""
+    """The named configuration that the other flags change; the list stands above."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
@@ -252,21 +293,13 @@ class Config:
         Raises ValueError where a field is unknown or refused.
         """
         try:
-            parts = {
-                name: kind(
-                    **{
-                        k: tuple(v) if isinstance(v, list) else v
-                        for k, v in with_current_names(values[name]).items()
-                    }
-                )
-                for name, kind in (
-                    ("model", ModelConfig),
-                    ("data", DataConfig),
-                    ("recipe", RecipeConfig),
-                    ("run", RunConfig),
-                )
-            }
-            return Config(preset=values["preset"], **parts)
+            return Config(
+                preset=values["preset"],
+                model=ModelConfig(**_fields(values["model"])),
+                data=DataConfig(**_fields(values["data"])),
+                recipe=RecipeConfig(**_fields(values["recipe"])),
+                run=RunConfig(**_fields(values["run"])),
+            )
         except (
             KeyError,
             TypeError,
@@ -277,3 +310,9 @@ class Config:
             raise ValueError(
                 f"not a configuration of this version of alexnet_mp: {error}"
             ) from None
+
+
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a part, from what `to_dict` or an earlier version made of it."""
+    current = with_current_names(values)
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in current.items()}

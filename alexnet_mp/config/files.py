@@ -1,6 +1,8 @@
-"""Files that are either whole or as they were before, also after a kill, a full disk or a power cut.
+"""Files that are either whole or as they were before, also after a kill, a full disk or a power
+cut.
 
-A file is written under a temporary name in its own folder (a rename does not cross file systems), synced, and renamed.
+A file is written under a temporary name in its own folder (a rename does not cross file systems),
+synced, and renamed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ FOREIGN_LEFTOVER_AGE = 24 * 3600.0
 
 
 class WriteError(OSError):
-    """A file could not be written; the message names it, and `errno` and `strerror` are the system's."""
+    """A file could not be written; the message names it, and `errno` and `strerror` are the
+    system's.
+    """
 
     def __init__(self, path: str | os.PathLike[str], error: OSError) -> None:
         super().__init__(error.errno, error.strerror or str(error), os.fspath(path))
@@ -109,8 +113,8 @@ def sync_file(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Waits until the names in `folder` are on the disk, where the file system can do that.
 
-    Shares and FUSE file systems answer EINVAL and the like; they keep their own promise, and nothing is
-    lost by going on. Raises WriteError where the disk itself fails or is full.
+    Shares and FUSE file systems answer EINVAL and the like; they keep their own promise, and
+    nothing is lost by going on. Raises WriteError where the disk itself fails or is full.
     """
     if os.name != "posix":  # only there can a folder be opened
         return
@@ -125,5 +129,5 @@ def sync_folder(folder: Path) -> None:
 
 
 def _host_digest() -> str:
-    """Eight hex digits for this host and its process numbers: any host name fits into a file name."""
+    """Eight hex digits for this host and its process numbers, which fit into any file name."""
     return hashlib.blake2b(host_identity().encode(), digest_size=4).hexdigest()

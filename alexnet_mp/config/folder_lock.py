@@ -1,6 +1,7 @@
 """One process at a time writes into a folder.
 
-`filelock` does not say who holds a lock and gives up where flock answers EBADF or ENOLCK, as network file systems may.
+`filelock` does not say who holds a lock and gives up where flock answers EBADF or ENOLCK, as
+network file systems may.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ POLL_SECONDS = 0.2
 class FolderLock:
     """Held from `take` to `release`, or to the end of the process: the system then frees the lock.
 
-    The lock is a file in the folder, opened for writing, which NFS needs. It names its holder. A file
-    that a killed process left does not lock anybody out.
+    The lock is a file in the folder, opened for writing, which NFS needs. It names its holder. A
+    file that a killed process left does not lock anybody out.
     """
 
     def __init__(self, folder: Path, activity: str = "another run writes there") -> None:
@@ -106,7 +107,7 @@ def _lock(descriptor: int, holder: dict[str, object]) -> bool:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
-    # A file system without locks: only whether the named process still runs on this host can be known.
+    # A file system without locks: at least the named process can be looked for.
     pid = holder.get("pid")
     return not (
         holder.get("host") == host_identity()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def host_identity() -> str:
-    """This host and its process numbers: containers may share a host's name, but not its processes."""
+    """This host and its space of process numbers: containers may share the host's name only."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()

@@ -77,7 +77,8 @@ class Progress(Generic[T]):
     def set_postfix(self, text: str | Callable[[], str]) -> None:
         """Sets what stands behind the numbers.
 
-        A function is called only when its text is shown: at once on a terminal, once a minute in a log file.
+        A function is called only when its text is shown: at once on a terminal, once a minute in a
+        log file.
         """
         self._postfix = text
         if self._bar is not None:
@@ -85,7 +86,10 @@ class Progress(Generic[T]):
                 self._bar.set_postfix_str(self._postfix_text(), refresh=False)
 
     def line(self) -> str:
-        """The plain line, e.g. `packing train: 512 of 2,048 images (25 %), 256 images/s, 0:00:06 left`."""
+        """The plain line, e.g.
+
+        `packing train: 512 of 2,048 images (25 %), 256 images/s, 0:00:06 left`.
+        """
         unit, parts = self.unit, []
         done = f"{self.count:,}" + (f" of {self.total:,}" if self.total else "") + f" {unit}"
         parts.append(done + (f" ({100 * self.count // self.total} %)" if self.total else ""))
@@ -163,9 +167,10 @@ def progress(
 ) -> Progress[Any]:
     """Shows the progress over `iterable`, or of work that is counted by `update(n)`.
 
-    On a terminal it is tqdm's bar, which vanishes at the end; elsewhere a plain line every LINE_INTERVAL seconds.
-    `total`: units in all; None takes the iterable's length if it has one. `unit`: a plural, e.g. "images". `enabled`: False
-    shows nothing, as on all ranks but one. `initial`: units that were done before, which is not this run's speed.
+    On a terminal it is tqdm's bar, which vanishes at the end; elsewhere a plain line every
+    LINE_INTERVAL seconds. `total`: units in all; None takes the iterable's length if it has one.
+    `unit`: a plural, e.g. "images". `enabled`: False shows nothing, as on all ranks but one.
+    `initial`: units that were done before, which is not this run's speed.
 
         for batch in progress(loader, description="validation", unit="batches"):
             ...

@@ -1,4 +1,6 @@
-"""Fields and values of a configuration that were renamed: the one table for old checkpoints and for old flags."""
+"""Fields and values of a configuration that were renamed: the one table for old checkpoints and for
+old flags.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def refuse_old_spellings(argv: Sequence[str]) -> None:
 
 
 def _flag_and_value(word: str) -> tuple[str, ...]:
-    """`--flag=value` in two words; underscores in flags are hyphens, as the command line takes them."""
+    """`--flag=value` in two words; underscores in flags are hyphens, as the command line takes
+    them.
+    """
     if not word.startswith("--"):
         return (word,)
     flag, equals, value = word.partition("=")

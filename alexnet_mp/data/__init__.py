@@ -1,4 +1,4 @@
-"""Images: datasets fill stores, loaders take batches from them, one augmentation serves training and testing.
+"""Images: datasets fill stores, loaders give batches of them, augmented for training.
 
 Imports config and ops. Start with `datasets.py`, then `store.py`, `loader.py` and `transforms.py`.
 """
@@ -14,6 +14,7 @@ from alexnet_mp.data.loader import Batch, Loader
 from alexnet_mp.data.statistics import Statistics
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.transforms import Augment, AugmentParams, needs_statistics
+from alexnet_mp.ops.precision import DTYPES
 
 __all__ = [
     "Augment",
@@ -42,17 +43,26 @@ def build_loaders(
 ) -> tuple[Loader, Loader, Loader, Augment]:
     """Loaders of the three splits for one data rank, and the augmentation that they share.
 
-    Small sets are resized once, in memory. ValueError where the data has more classes than the network.
+    Small sets are resized once, in memory. ValueError where the data has more classes than the
+    network.
+
+        splits = load(config.data, seed=0)
+        config = config.with_fields(classes=len(splits.train.classes))
+        train_loader, val_loader, test_loader, augment = build_loaders(config, splits)
+        images, labels, *_ = next(iter(train_loader))  # (N, 3, S, S) float32, (N,) int64
     """
     found, classes = len(splits.train.classes), config.model.classes
     if classes and found > classes:
         raise ValueError(
-            f"--classes {classes}: {found} classes found, --classes is {classes}; leave the flag out to take the data's own number"
+            f"--classes {classes}: {found} classes found, --classes is {classes}; leave the flag "
+            "out to take the data's own number"
         )
     size = config.model.image_size
     side = config.data.resized_side(size)
     statistics = splits.train.statistics(side) if needs_statistics(config.data) else None
-    augment = Augment(config.data, size, statistics, device)
+    on_cuda = torch.device(device).type == "cuda"
+    dtype = DTYPES[config.run.precision] if on_cuda else torch.float32
+    augment = Augment(config.data, size, statistics, device, dtype)
     train, val, test = (
         Loader(
             store.resized(side),

@@ -1,4 +1,4 @@
-"""Keeps image sets that are generated or packed once: made by one rank of a host, then opened by every rank."""
+"""Keeps image sets that are generated or packed once, by one rank of a host for all."""
 
 from __future__ import annotations
 
@@ -62,10 +62,12 @@ class Cache:
     ) -> Path:
         """The set `name`: found in one of the folders, or made by `build(path)`.
 
-        `description` of the work and the number of `images` are for the screen. `find` looks for the set in one folder of the
-        cache; None takes the one that has the name. `unfinished`: a name under which `build` finds what it left when it was
-        stopped; without one it starts anew. Of two processes with the same `lock`, or name if there is none, or with the same
-        `unfinished`, the second waits for the first. Raises ValueError where no folder can be written, and whatever `build` does.
+        `description` of the work and the number of `images` are for the screen. `find` looks for
+        the set in one folder of the cache; None takes the one that has the name. `unfinished`: a
+        name under which `build` finds what it left when it was stopped; without one it starts anew.
+        Of two processes with the same `lock`, or name if there is none, or with the same
+        `unfinished`, the second waits for the first. Raises ValueError where no folder can be
+        written, and whatever `build` does.
         """
         find = find or (lambda folder: folder / name if (folder / name).is_dir() else None)
 
@@ -86,8 +88,15 @@ class Cache:
                 started = time.perf_counter()
                 if not unfinished:
                     shutil.rmtree(workplace / "set", ignore_errors=True)
-                build(workplace / "set")
-                commit_folder(workplace / "set", folder / name)
+                try:
+                    build(workplace / "set")
+                    commit_folder(workplace / "set", folder / name)
+                except OSError:
+                    # Without locks, as on some network file systems, another process may have made
+                    # it meanwhile.
+                    if found() is None:
+                        raise
+                    return
                 seconds = time.perf_counter() - started
                 self.print_line(f"done in {seconds:.1f} s, {images / seconds:,.0f} images/s")
                 self._report_others(folder, name)
@@ -96,8 +105,8 @@ class Cache:
         path = found()
         if path is None:
             raise ValueError(
-                f"{self.folders[0] / name}: made by another rank of this host, but not to be seen here; "
-                "set --cache-dir or XDG_CACHE_HOME to a shared folder"
+                f"{self.folders[0] / name}: made by another rank of this host, but not to be seen "
+                "here; set --cache-dir or XDG_CACHE_HOME to a shared folder"
             )
         with contextlib.suppress(OSError):  # someone else's, or read-only
             os.utime(path)  # when it was last used
@@ -110,8 +119,8 @@ class Cache:
                 if os.access(folder, os.W_OK):
                     return folder
         raise ValueError(
-            f"none of {', '.join(map(str, self.folders))} can be written: set --cache-dir or XDG_CACHE_HOME "
-            "to a folder with room for the images"
+            f"none of {', '.join(map(str, self.folders))} can be written: set --cache-dir or "
+            "XDG_CACHE_HOME to a folder with room for the images"
         )
 
     @contextlib.contextmanager
@@ -144,7 +153,7 @@ class Cache:
                 path.rmdir()
 
     def _report_others(self, folder: Path, name: str) -> None:
-        """Names the sets in the cache that were not used lately, with their size, when one is added."""
+        """Names the sets that were not used lately, with their size, when one is added."""
         others = []
         for path in folder.iterdir():
             if path.is_dir() and path.name != name and not path.name.startswith("."):
@@ -163,8 +172,8 @@ class Cache:
         ]
         more = "; ..." if len(others) > SHOWN else ""
         self.print_line(
-            f"{folder} also holds {size_text(sum(size for size, *_ in others))} of image sets that were "
-            f"not used for a week; delete what is no longer needed: {'; '.join(named)}{more}"
+            f"{folder} also holds {size_text(sum(size for size, *_ in others))} of image sets that "
+            f"were not used for a week; delete what is no longer needed: {'; '.join(named)}{more}"
         )
 
 

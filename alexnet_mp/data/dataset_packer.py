@@ -38,9 +38,9 @@ def pack(
 ) -> dict[str, Any]:
     """Packs every split into STORE/SPLIT and returns a report of what is there.
 
-    A store that was begun is finished; one that is complete and of the same files is left alone. `command`: the one that
-    finishes it after a kill. ValueError where STORE holds something else, where it would not fit onto the disk, and where
-    another process is packing into it.
+    A store that was begun is finished; one that is complete and of the same files is left alone.
+    `command`: the one that finishes it after a kill. ValueError where STORE holds something else,
+    where it would not fit onto the disk, and where another process is packing into it.
     """
     started, count = time.perf_counter(), sum(len(listing) for listing in listings.values())
     plan = {
@@ -57,9 +57,8 @@ def pack(
         f"STORE {store}",
         f"name a folder on a larger disk{smaller}",
     )
-    say(
-        f"packing {count:,} images into {store}: {size}; {packing.workers or available_cores()} threads"
-    )
+    threads = packing.workers or available_cores()
+    say(f"packing {count:,} images into {store}: {size}; {threads} threads")
     store.mkdir(parents=True, exist_ok=True)
     with _locked(store):
         remove_leftovers(store)
@@ -83,9 +82,10 @@ def pack(
 def check_room(
     listings: Iterable[Listing], packing: Packing, folder: Path, place: str, remedy: str
 ) -> str:
-    """How much will be written into `folder` and how much is free there, in words.
+    """How much will be written into `folder`, and how much is free there, in words.
 
-    ValueError where it would not fit. `place` begins its message, and `remedy` says how to get more room.
+    ValueError where it would not fit. `place` begins its message, and `remedy` says how to get more
+    room.
     """
     need, have = estimated_bytes(listings, packing.encode), packed_bytes(folder)
     free = free_bytes(folder)
@@ -129,7 +129,7 @@ def check(listings: Mapping[Split, Listing], packing: Packing) -> dict[str, Any]
 
 
 def unfinished(store: Path) -> str | None:
-    """The command that finishes the store in this folder; None unless its packing was interrupted."""
+    """The command that finishes the store in this folder; None unless packing was interrupted."""
     try:
         begun = json.loads((store / UNFINISHED).read_text(encoding="utf-8"))
         return begun["command"] or "launch/pack.py"

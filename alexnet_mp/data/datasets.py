@@ -37,7 +37,11 @@ SHARES = {0.5: "half", 0.25: "a quarter", 0.2: "a fifth", 0.1: "a tenth"}
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test images; none in common, but val may be the test images."""
+    """Training, validation and test images; none in common, but val may be the test images.
+
+    >>> splits = load(preset("demo").data, seed=0)
+    >>> splits.train.classes, len(splits.test)
+    """
 
     train: Store
     val: Store
@@ -69,6 +73,9 @@ def load(
     no pixel that the network sees. None: full size.
 
     Raises ValueError or FileNotFoundError with one line that names the flag or file.
+
+    >>> splits = load(DataConfig(data="folder", data_dir="~/pets"), seed=0, progress=True)
+    >>> splits.train.classes, len(splits.train), len(splits.val), len(splits.test)
     """
     request = Request(config, seed, run_once_per_host, progress, side)
     source = SOURCES[config.data](request)

@@ -142,10 +142,11 @@ def read_image(file: str | Path, side: int = SIDE, warp: bool = False) -> np.nda
 
 
 def stored_side(file: Path, side: int = SIDE) -> int | None:
-    """The side that `read_image` would give, from the file's header alone; None if it cannot be read."""
+    """The side of `read_image`'s result, by the file's header alone; None where that is damaged."""
     try:
         with Image.open(file, formats=_formats()) as opened:
-            return min(side, *opened.size)
+            width, height = opened.size
+            return min(side, int(width), int(height))
     except Exception:  # Pillow's plugins raise nearly everything for a damaged file
         return None
 

@@ -33,7 +33,8 @@ class Packing:
     encode: Literal["raw", "jpeg"] = "raw"
     """raw: pixels as they are; jpeg: smaller, and decoded again at each epoch."""
     on_error: Literal["stop", "skip"] = "stop"
-    """At files that cannot be read: fail at the end and name them, or leave them out and list them."""
+    """At files that cannot be read: fail at the end and name them, or leave them out and list them.
+    """
     workers: int = 0
     """Threads; 0: one for each core."""
     progress: bool = False
@@ -63,7 +64,8 @@ def decoded(
     with_sums: bool,
     progress: Progress[None],
 ) -> Iterator[tuple[int, list[EncodedImage | str], Sums | None]]:
-    """For each of `shards`, in order: its number; its images, or why one cannot be read; their sums, if `with_sums`.
+    """For each of `shards`, in order: its number; its images, or why one cannot be read; their
+    sums, if `with_sums`.
 
     `shards` gives the rows of the listing that each holds. Threads work a shard ahead.
     """

@@ -105,7 +105,7 @@ class FashionMnist:
         return {split: self._read(split) for split in splits}
 
     def _files(self, split: Split) -> list[Path] | None:
-        """The file of images and the one of labels, packed by gzip or not; None: not on this host."""
+        """The file of images and the one of labels, packed by gzip or not; None if not there."""
         directory = self.request.directory
         for place in (directory, directory / "FashionMNIST" / "raw", DEBIAN_FASHION):
             found = []

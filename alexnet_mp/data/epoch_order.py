@@ -1,4 +1,4 @@
-"""Orders the images of an epoch, by seed and epoch alone, and announces to the system what is read next."""
+"""Orders the images of an epoch, by seed and epoch alone, and announces what is read next."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from alexnet_mp.data.shard_arrays import stored_bytes
 from alexnet_mp.data.store import Store
 
 BLOCK_SIZE = 64
-"""Images of a block, neighbors in the store: 12.6 MB at 256 pixels, a tenth of a second of a spinning disk."""
+"""Images of a block, neighbors in the store: 12.6 MB, a tenth of a second of a spinning disk."""
 SHUFFLE_WINDOW = 128
-"""Blocks whose images are mixed: 8,192 images, 1.6 GB at 256 pixels. Two windows should fit into memory."""
+"""Blocks whose images are mixed: 8,192 images, 1.6 GB. Two windows should fit into memory."""
 
 
 def full_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -23,10 +23,11 @@ def full_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def block_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 (count,): blocks of BLOCK_SIZE images in any order, mixed within each SHUFFLE_WINDOW of them.
+    """int64 (count,): blocks of BLOCK_SIZE in any order, mixed within each SHUFFLE_WINDOW of them.
 
-    Reads are sequential within a block; each window is read once. Images that lie far apart in the store are seldom in one
-    window: a store that is sorted by class gives batches of a window's classes, at most 128, not of all classes.
+    Reads are sequential within a block; each window is read once. Images that lie far apart in the
+    store are seldom in one window: a store that is sorted by class gives batches of a window's
+    classes, at most 128, not of all classes.
     """
     rng = np.random.default_rng(combine(seed, "blocks", epoch))
     windows = [
@@ -47,13 +48,13 @@ def _windows(count: int, rng: np.random.Generator) -> Iterator[list[tuple[int, i
 
 
 class ReadAhead:
-    """Announces to the system which parts of a memory-mapped store are read next, a window ahead."""
+    """Announces to the system which parts of a mapped store are read next, a window ahead."""
 
     def __init__(self, store: Store, order: np.ndarray) -> None:
         self.store, self.order, self.announced = store, order, 0
 
     def reach(self, position: int) -> None:
-        """Announces the images of the window of `order[position]`, which is read now, and of the next one."""
+        """Announces the images of the window of `order[position]` and of the next window."""
         images = BLOCK_SIZE * SHUFFLE_WINDOW
         until = (position // images + 2) * images
         while self.announced < min(until, len(self.order)):
@@ -65,6 +66,6 @@ class ReadAhead:
 
     def _announce(self, run: np.ndarray) -> None:
         places = self.store.places[run]
-        for shelf in np.unique(places[:, 0]):
-            rows = places[places[:, 0] == shelf, 1]
-            will_need(stored_bytes(self.store.shelves[shelf], int(rows.min()), int(rows.max()) + 1))
+        for array in np.unique(places[:, 0]):
+            rows = places[places[:, 0] == array, 1]
+            will_need(stored_bytes(self.store.arrays[array], int(rows.min()), int(rows.max()) + 1))

@@ -1,8 +1,9 @@
-"""Packs image folders into the cache, and finds their packs again by content, wherever the folder lies.
+"""Packs image folders into the cache, and finds the packs again by content.
 
-A pack belongs to the names, sizes and classes of its files. Times of change only tell whether they need another look: the times
-of the last look are kept in the pack, and where they are the same, no file is opened. Where they differ, because files were
-changed in place or the folder was copied, changed files are decoded and compared with the pack.
+A pack belongs to the names, sizes and classes of its files, wherever these lie. Times of change
+only tell whether the files need another look: the times of the last look are kept in the pack, and
+where they are the same, no file is opened. Where they differ, because files were changed in place
+or the folder was copied, changed files are decoded and compared with the pack.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from alexnet_mp.data.store_format import VERSION, read_header
 from alexnet_mp.ops.cpu_cores import available_cores
 
 COMPARED = 1000
-"""Files whose times differ that are compared; of more, as in a copied folder, this many spread evenly."""
+"""Changed files that are compared; of more, as in a copied folder, this many spread evenly."""
 TIMES = "times.npy"
 """The file in a pack with int64 (N,): when each image file was changed, as of the last look."""
 
@@ -61,8 +62,9 @@ def packed_folder(listing: Listing, split: Split, packing: Packing, cache: Cache
             packing,
             path,
             f"packing {folder} into {place}",
-            "name a folder on a larger disk with --cache-dir (or XDG_CACHE_HOME), or pack once with "
-            f"`launch/pack.py {folder.parent} STORE --encode jpeg` and train with --data store --data-dir STORE",
+            "name a folder on a larger disk with --cache-dir (or XDG_CACHE_HOME), or pack once, "
+            f"smaller: `launch/pack.py {folder.parent} STORE --encode jpeg`, and train with "
+            "--data store --data-dir STORE",
         )
         cache.print_line(size)
         pack_split(listing, path / split, packing, with_sums=split == "train")

@@ -10,13 +10,14 @@ import difflib
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from alexnet_mp.data import image_folder, val_labels
-from alexnet_mp.data.image_folder import Ignored, Listing, listed, visible_folders
+from alexnet_mp.data.directory import flat_images, image_names, listed, visible_folders
+from alexnet_mp.data.image_folder import Ignored, Listing
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -26,7 +27,7 @@ SPELLINGS: dict[Split, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 """Names of a split's folder, in upper or lower case."""
-EXPECTED = "train/CLASS/ with images in it, val and test likewise or one of them; or CLASS/ alone"
+EXPECTED = "train/CLASS/ and val/CLASS/ or test/CLASS/ with images in them, or CLASS/ alone"
 ILSVRC = ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
 """Places of train and val in what ImageNet's archives unpack to."""
 WRAPPERS = 3
@@ -51,10 +52,10 @@ class FolderLayout:
     notes: tuple[str, ...] = ()
     """Lines for the screen about what was left out."""
     flag: str = "--data-dir"
-    val_labels: Path | None = None
+    labels_file: Path | None = None
     """A file with the classes of val's images, where these are not sorted into folders."""
-    val_synsets: Path | None = None
-    """A file that says which class each number in `val_labels` is."""
+    synsets_file: Path | None = None
+    """A file that says which class each number in `labels_file` is."""
 
     def list(self, split: Split) -> Listing:
         """The images of `split`. Raises ValueError as `image_folder.list_split` does."""
@@ -62,11 +63,11 @@ class FolderLayout:
         classes = None
         if split != "train" and "train" in self.folders:
             classes = tuple(image_folder.class_folders(self.folders["train"], self.flag))
-        if split == "val" and self.val_labels is not None:
+        if split == "val" and self.labels_file is not None:
             if classes is None:
-                classes = val_labels.class_names(self.val_labels)
-            labels = val_labels.read_labels(self.val_labels, folder, classes, self.val_synsets)
-            listing = image_folder.list_flat(folder, classes, labels, self.val_labels)
+                classes = val_labels.class_names(self.labels_file)
+            labels = val_labels.read_labels(self.labels_file, folder, classes, self.synsets_file)
+            listing = image_folder.list_flat(folder, classes, labels, self.labels_file)
         else:
             listing = image_folder.list_split(folder, classes, self.flag)
         if words := val_labels.read_words(self.root / WORDS, listing.classes):
@@ -94,6 +95,7 @@ def find_layout(
         _check_bare(root, flag)
         folders = {"train": root}
     elif unknown := [name for name in visible_folders(root) if root / name not in folders.values()]:
+        _check_train_is_no_class(folders, unknown, flag)
         notes.append(f"{root}: ignored the folder{'s' * (len(unknown) > 1)} {listed(unknown)}")
     if labels_file is not None:
         if "val" not in folders:
@@ -121,6 +123,7 @@ def list_source(
     check_train(layout)
     for note in layout.notes:
         say(note)
+    say("; ".join(f"{split}: {folder}" for split, folder in layout.folders.items()))
     return {split: layout.list(split) for split in layout.folders}
 
 
@@ -146,12 +149,10 @@ def report(listings: Mapping[Split, Listing], say: Say) -> None:
 
 def existing_folder(directory: Path, flag: str, expected: str = EXPECTED) -> Path:
     """`directory`, or the same in the other encoding of its accents; else FileNotFoundError."""
-    for form in ("NFC", "NFD"):
-        other = Path(unicodedata.normalize(form, str(directory)))
-        if not directory.exists() and other.is_dir():
-            return other
-    if directory.is_dir():
-        return directory
+    encodings = [unicodedata.normalize(form, str(directory)) for form in ("NFC", "NFD")]
+    for found in (directory, *map(Path, encodings)):
+        if found.is_dir():
+            return found
     if directory.exists():
         raise ValueError(
             f"{flag} {directory}: a file, and a folder is expected; unpack an archive first"
@@ -174,7 +175,7 @@ def _similar(directory: Path) -> str:
 
 
 def _root(directory: Path, flag: str) -> Path:
-    """The folder that holds the splits: `directory`, or one within it that is known to."""
+    """The folder that holds the splits: `directory`, or one in it where known sets have them."""
     place = directory
     for _ in range(WRAPPERS + 1):
         if _split_folders(place, flag):
@@ -208,8 +209,14 @@ def _split_folders(root: Path, flag: str) -> dict[Split, Path]:
 def _check_bare(root: Path, flag: str) -> None:
     """Refuses a folder without splits whose folders are not classes either."""
     names = visible_folders(root)
-    if not names and not image_folder.image_names(root):
+    if not names and not image_names(root):
         raise FileNotFoundError(f"{flag} {root}: no folder train in it; expected {EXPECTED}")
+    for name in names:
+        if any((root / name).glob("*/history.jsonl")):
+            raise ValueError(
+                f"{flag} {root}: {name} holds training runs, whose pictures would pass for a class; "
+                "move it, and name another folder with --out"
+            )
     named = [
         name
         for name in names
@@ -222,10 +229,24 @@ def _check_bare(root: Path, flag: str) -> None:
         )
 
 
+def _check_train_is_no_class(
+    folders: Mapping[Split, Path], others: Sequence[str], flag: str
+) -> None:
+    """Refuses a set of vehicles, one class of which is called train."""
+    train = folders.get("train")
+    if train is None or visible_folders(train) or not image_names(train):
+        return
+    if classes := [name for name in others if image_names(train.parent / name)]:
+        raise ValueError(
+            f"{flag} {train.parent}: train has images like {listed(classes)} beside it; if it is a "
+            f"class of its own, move all of them into a folder: {train}/{train.name}, "
+            f"{train}/{classes[0]}"
+        )
+
+
 def _unlabeled(folders: Mapping[Split, Path]) -> int:
     """How many images the test folder has, where they are not sorted into classes; else 0."""
-    place = image_folder.flat_images(folders["test"])
-    inner = visible_folders(folders["test"])
-    if inner and not (inner == ["images"] == [place.name] and not visible_folders(place)):
-        return 0
-    return len(image_folder.image_names(place))
+    test = folders["test"]
+    place = flat_images(test)
+    classes = [name for name in visible_folders(test) if test / name != place]
+    return 0 if classes or visible_folders(place) else len(image_names(place))

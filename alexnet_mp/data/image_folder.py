@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .jif .pjpeg .pjpg .mpo .png .apng .bmp .dib .webp .gif .tif .tiff .avif "
-    ".avifs .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .heic .heif".split()
+from alexnet_mp.data.directory import (
+    EXTENSIONS,
+    SHOWN,
+    as_text,
+    files_below,
+    flat_images,
+    image_names,
+    is_file,
+    is_folder,
+    is_hidden,
+    is_image,
+    listed,
+    sorted_entries,
+    visible_folders,
 )
-DEPTH = 64
-"""Deepest nesting of folders, counted from the root of the file system."""
-SHOWN = 4
-"""Names that one message lists."""
 
 
 @dataclass
@@ -131,7 +137,7 @@ class _ListingBuilder:
         """Adds `entry`, a file of the subfolder `inside` ("cat/"), or counts it as ignored."""
         if is_hidden(entry.name):
             self.ignored.hidden += 1
-        elif not _is_file(entry):  # opening a pipe would wait forever
+        elif not is_file(entry):  # opening a pipe would wait forever
             self.ignored.special += 1
         elif label is None or not is_image(entry.name):
             self.ignored.other[os.path.splitext(entry.name)[1].lower()] += 1
@@ -212,7 +218,7 @@ def list_split(
     for label, (name, disk_name) in enumerate(folders.items()):
         before = len(listing)
         subfolders = set()
-        for entry, inside in _files_below(folder / disk_name, f"{disk_name}/"):
+        for entry, inside in files_below(folder / disk_name, f"{disk_name}/"):
             listing.take(entry, inside, label)
             subfolders.add(inside.split("/")[1])
         if len(listing) == before:
@@ -249,19 +255,6 @@ def list_flat(
     if not len(listing):
         raise ValueError(f"{folder}: has no images ({' '.join(sorted(EXTENSIONS))})")
     return listing.finish(classes)
-
-
-def flat_images(folder: Path) -> Path:
-    """FOLDER/images where all images of `folder` are there, as in Tiny-ImageNet; else `folder`."""
-    inner = folder / "images"
-    return inner if inner.is_dir() and not any(image_names(folder)) else folder
-
-
-def image_names(folder: Path) -> list[str]:
-    """The names of the images that lie in `folder` itself, sorted, as text."""
-    return sorted(
-        as_text(name) for name in os.listdir(folder) if is_image(name) and not is_hidden(name)
-    )
 
 
 # ---- messages ------------------------------------------------------------------------------------
@@ -339,77 +332,3 @@ def _name_notes(names: tuple[str, ...]) -> tuple[str, ...]:
             f"{background[0]} is trained as a class; results on Caltech's sets usually leave it out"
         )
     return tuple(notes)
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first of `names`, for a message."""
-    return ", ".join(map(as_text, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
-
-
-# ---- walking -------------------------------------------------------------------------------------
-
-
-def as_text(name: str) -> str:
-    """A file's name as text that can be printed and stored: UTF-8, other bytes as \\xff.
-
-    It is the same in every locale.
-    """
-    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in `folder`, sorted by name."""
-    with os.scandir(folder) as found:
-        return sorted(found, key=lambda entry: as_text(entry.name))
-
-
-def visible_folders(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, sorted, without hidden ones."""
-    return [e.name for e in sorted_entries(folder) if not is_hidden(e.name) and is_folder(e)]
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a name is hidden: .name, among them AppleDouble's `._photo.jpg`, or __MACOSX."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def is_image(name: str) -> bool:
-    """Whether a name has an image's extension."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one; a link to itself is none."""
-    with contextlib.suppress(OSError):
-        return entry.is_dir()
-    return False
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    with contextlib.suppress(OSError):
-        return entry.is_file()
-    return False
-
-
-def _files_below(
-    folder: Path, inside: str, above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """The files in `folder` and below, in the order of their names, and the subfolder of each.
-
-    Hidden folders and links to a folder above come as if they were files, to be counted.
-    """
-    # A link to the split's own folder would bring images of other classes.
-    folders = [folder] if above else [*folder.resolve().parents, folder]
-    above = (*above, *((status.st_dev, status.st_ino) for status in map(os.stat, folders)))
-    for entry in sorted_entries(folder):
-        if not is_hidden(entry.name) and is_folder(entry) and not _is_above(entry, above):
-            if len(above) > DEPTH:
-                raise ValueError(f"{entry.path}: more than {DEPTH} folders within each other")
-            yield from _files_below(Path(entry.path), f"{inside}{entry.name}/", above)
-        else:
-            yield entry, inside
-
-
-def _is_above(entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> bool:
-    status = entry.stat()
-    return (status.st_dev, status.st_ino) in above

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.epoch_order import ReadAhead, block_order, full_order
-from alexnet_mp.data.shard_arrays import JpegShelf
+from alexnet_mp.data.shard_arrays import JpegArray
 from alexnet_mp.data.store import ForEachRow, Store
 from alexnet_mp.data.transforms import Augment
 
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """One rank's rows of a global batch; `for images, labels, *_ in loader` works too."""
 
     images: Tensor
-    """float32 (N, 3, S, S), uint8 if raw, on the device; N is 0 where a short last batch has no row for this rank."""
+    """float32 (N, 3, S, S), uint8 if raw, on the device; N is 0 where no row is this rank's."""
     labels: Tensor
     """int64 (N,), on the device."""
     first_row: int
@@ -49,10 +49,11 @@ class _Prepared(NamedTuple):
 
 
 class Loader:
-    """Iterates over one epoch's batches, the short last one included; every image comes once, on one data rank.
+    """Iterates over one epoch's batches, a short last one too; each image comes once, on one rank.
 
-    In training the order is a permutation and every batch is augmented. Both are functions of seed and epoch alone: neither
-    the number of ranks, nor a resume, nor threads change them. Otherwise images come in stored order, as center crops.
+    In training the order is a permutation and every batch is augmented. Both are functions of seed
+    and epoch alone: neither the number of ranks, nor a resume, nor threads change them. Otherwise
+    images come in stored order, as center crops.
     """
 
     def __init__(
@@ -68,18 +69,21 @@ class Loader:
         raw: bool = False,
         workers: int = 0,
     ) -> None:
-        """`batch_size` counts the rows of all `data_ranks` together; `seed` is that of order and augmentation.
+        """`batch_size` counts the rows of all `data_ranks` together; `seed` is that of order and
+        augmentation.
 
-        `raw`: uint8 images at the augmentation's side, from which the caller takes views; not with `train`.
-        `workers`: threads that prepare one batch together; 0: one, or as many as torch has if the images are JPEGs.
+        `raw`: uint8 images at the augmentation's side, from which the caller takes views; not with
+        `train`. `workers`: threads that prepare one batch together; 0: one, or as many as torch has
+        if the images are JPEGs.
         """
         self.store, self.augment, self.batch_size = store, augment, batch_size
         self.seed, self.training, self.raw = seed, train, raw
         self.data_rank, self.data_ranks, self.device = data_rank, data_ranks, torch.device(device)
-        decodes = any(isinstance(shelf, JpegShelf) for shelf in store.shelves)
+        decodes = any(isinstance(array, JpegArray) for array in store.arrays)
         self.workers = workers or (torch.get_num_threads() if decodes else 1)
         self.buffers = Buffers()
         self.epoch = self.skip = 0
+        self.stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
         return -(-len(self.store) // self.batch_size)
@@ -128,10 +132,13 @@ class Loader:
         return self.training and self.augment.config.shuffle == "blocks"
 
     def _work(self, ready: queue.Queue[Any], stop: threading.Event, epoch: int, skip: int) -> None:
-        """Runs in the thread: NumPy copies and small draws, nothing that starts torch's threads beside the trainer's."""
+        """Runs in the thread: NumPy copies and small draws, nothing that starts torch's threads
+        beside the trainer's.
+        """
         try:
             if self.device.type == "cuda":
-                # Each thread has its own current device; pinning on another one would open a context there.
+                # Each thread has its own current device; pinning on another one would open a
+                # context there.
                 torch.cuda.set_device(self.device)
             order = self.order(epoch)
             ahead = ReadAhead(self.store, order) if self._in_blocks else None
@@ -183,7 +190,24 @@ class Loader:
         return _Prepared(images, labels, lambda images: augment.train(images, drawn), first, rows)
 
     def _finish(self, prepared: _Prepared) -> Batch:
-        """Does the device's part in the consumer's thread: on its stream, and with its threads."""
+        """Does the device's part in the consumer's thread, which asks for a batch while a step
+        still runs.
+
+        On CUDA the images travel and are cropped on a stream of their own, beside that step.
+        """
+        if self.device.type != "cuda":
+            return self._to_device(prepared)
+        computing = torch.cuda.current_stream(self.device)
+        self.stream = self.stream or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch gives no type
+        with torch.cuda.stream(self.stream):
+            batch = self._to_device(prepared)
+        computing.wait_stream(self.stream)
+        for tensor in (batch.images, batch.labels):
+            # Else their memory could be given to the next batch while the step still reads it.
+            tensor.record_stream(computing)
+        return batch
+
+    def _to_device(self, prepared: _Prepared) -> Batch:
         images = prepared.finish(prepared.images.to(self.device, non_blocking=True))
         labels = prepared.labels.to(self.device, non_blocking=True)
         return Batch(images, labels, prepared.first_row, prepared.rows)
@@ -203,7 +227,9 @@ class Buffers:
         self.counted = getattr(sys, "_is_gil_enabled", lambda: True)()
 
     def take(self, rows: int, shape: tuple[int, ...]) -> Tensor:
-        """float32 (rows, *shape) with arbitrary values. A tensor or view of it keeps its memory from being taken again."""
+        """float32 (rows, *shape) with arbitrary values. A tensor or view of it keeps its memory
+        from being taken again.
+        """
         for k in range(len(self.arrays)):
             if (
                 sys.getrefcount(self.arrays[k]) == self.free

@@ -1,7 +1,8 @@
-"""Memory-mapped files that hold no file descriptor, and advice to the system on which of their pages matter.
+"""Memory-mapped files that hold no file descriptor, and advice on which of their pages matter.
 
-A store has a file for each 1,024 images. `numpy.memmap` and `mmap.mmap` keep a descriptor for each mapping, and ImageNet's 1,301 shards
-would exceed the usual limit of 1,024 (256 on macOS). Python 3.13's `mmap.mmap(trackfd=False)` does what `map_file` does.
+A store has a file for each 1,024 images. `numpy.memmap` and `mmap.mmap` keep a descriptor for each
+mapping, and ImageNet's 1,301 shards would exceed the usual limit of 1,024 (256 on macOS). Python
+3.13's `mmap.mmap(trackfd=False)` does what `map_file` does.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ _mappings: set[int] = set()
 
 
 def map_file(file: Path) -> np.ndarray:
-    """The bytes of `file`, uint8 (N,), read-only and read from the disk as they are touched. No descriptor stays open.
+    """The bytes of `file`, uint8 (N,), read-only; they are read as they are touched.
 
-    FileNotFoundError, or ValueError with the way out where the system's limits on files or mappings are reached.
+    FileNotFoundError, or ValueError with the way out where the system's limits on files or mappings
+    are reached.
     """
     try:
         with file.open("rb") as opened:
@@ -41,26 +43,27 @@ def map_file(file: Path) -> np.ndarray:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise ValueError(
-                f"{file}: {error.strerror} (errno {error.errno}); raise the limit with `ulimit -n 4096`"
+                f"{file}: {error.strerror} (errno {error.errno}); "
+                "raise the limit with `ulimit -n 4096`"
             ) from None
         if error.errno == errno.ENOMEM:
             raise ValueError(
-                f"{file}: cannot be mapped into memory (errno {error.errno}); raise `ulimit -v`, or the number of mappings, "
-                "`sysctl vm.max_map_count`"
+                f"{file}: cannot be mapped into memory (errno {error.errno}); raise `ulimit -v`, "
+                "or the number of mappings, `sysctl vm.max_map_count`"
             ) from None
         raise
 
 
 def will_need(array: np.ndarray) -> None:
-    """Starts reading a part of a mapped file, and returns at once. Does nothing for other memory."""
+    """Starts reading a part of a mapped file, and returns at once; nothing for other memory."""
     _advise(array, WILL_NEED)
 
 
 def release(array: np.ndarray) -> None:
-    """Gives back the memory of a part of a mapped file that will not be used soon. It is read again when it is touched.
+    """Gives back the memory of a part of a mapped file; it is read again when it is touched.
 
-    Without this a pass over a large store counts as this process's memory, page by page. Does nothing for other memory, whose
-    contents it would destroy.
+    Without this a pass over a large store counts as this process's memory, page by page. Does
+    nothing for other memory, whose contents it would destroy.
     """
     _advise(array, DONT_NEED)
 

@@ -1,4 +1,4 @@
-"""Estimates how large a store will be, from the headers of its images, before anything is packed."""
+"""Estimates how large a store will be, from the headers of some images, before it is packed."""
 
 from __future__ import annotations
 

@@ -12,11 +12,15 @@ from alexnet_mp.data.decode import decode_jpeg
 from alexnet_mp.data.store_format import open_array, shard_name
 
 
-class JpegShelf:
-    """Images of one side as JPEGs behind each other, decoded one by one as they are asked for, in the thread that asks."""
+class JpegArray:
+    """Images of one side as JPEGs behind each other, decoded one by one as they are asked for, in
+    the thread that asks.
+    """
 
     def __init__(self, data: np.ndarray, ends: np.ndarray, side: int, name: Path) -> None:
-        """`data`: uint8 (bytes,); image k ends at `ends[k + 1]`, where the next one starts. `name`: for messages."""
+        """`data`: uint8 (bytes,); image k ends at `ends[k + 1]`, where the next one starts. `name`:
+        for messages.
+        """
         self.data, self.ends, self.name = data, ends, name
         self.shape = (len(ends) - 1, 3, side, side)
 
@@ -34,19 +38,19 @@ class JpegShelf:
         )
 
 
-Shelf = np.ndarray | JpegShelf
+ImageArray = np.ndarray | JpegArray
 """All images of one side in one shard: uint8 (count, 3, side, side), or JPEGs that read as such."""
 
 
-def stored_bytes(shelf: Shelf, first: int, last: int) -> np.ndarray:
-    """The memory in which images `first` to `last` - 1 of a shelf lie, as they are stored."""
-    if isinstance(shelf, JpegShelf):
-        return shelf.data[shelf.ends[first] : shelf.ends[last]]
-    return shelf[first:last]
+def stored_bytes(array: ImageArray, first: int, last: int) -> np.ndarray:
+    """The memory in which images `first` to `last` - 1 of a array lie, as they are stored."""
+    if isinstance(array, JpegArray):
+        return array.data[array.ends[first] : array.ends[last]]
+    return array[first:last]
 
 
-def open_shelves(path: Path, header: dict[str, Any], verify: bool) -> list[Shelf]:
-    """The shelves of the store in `path`, memory-mapped; `verify` reads all their bytes.
+def open_image_arrays(path: Path, header: dict[str, Any], verify: bool) -> list[ImageArray]:
+    """The arrays of the store in `path`, memory-mapped; `verify` reads all their bytes.
 
     ValueError naming the file that is missing or damaged.
     """
@@ -55,7 +59,7 @@ def open_shelves(path: Path, header: dict[str, Any], verify: bool) -> list[Shelf
         total = sum(sum(shard["counts"]) for shard in header["shards"])
         checksum = header["checksums"].get("ends.npy")
         ends = np.array(open_array(path, "ends.npy", np.int64, (total,), checksum))
-    shelves: list[Shelf] = []
+    arrays: list[ImageArray] = []
     images = 0
     for number, shard in enumerate(header["shards"]):
         name = shard_name(number)
@@ -65,10 +69,10 @@ def open_shelves(path: Path, header: dict[str, Any], verify: bool) -> list[Shelf
         for side, count in zip(shard["sides"], shard["counts"], strict=True):
             if ends is not None:
                 own = np.concatenate([[start], ends[images : images + count]])
-                shelves.append(JpegShelf(data, own, side, path / name))
+                arrays.append(JpegArray(data, own, side, path / name))
                 start = int(own[-1])
             elif (stop := start + count * 3 * side * side) <= len(data):
-                shelves.append(data[start:stop].reshape(count, 3, side, side))
+                arrays.append(data[start:stop].reshape(count, 3, side, side))
                 start = stop
             images += count
         if start != len(data):
@@ -76,4 +80,4 @@ def open_shelves(path: Path, header: dict[str, Any], verify: bool) -> list[Shelf
                 f"{path / name}: damaged, it is not what the store's header says; "
                 "delete the store's folder and make it again"
             )
-    return shelves
+    return arrays

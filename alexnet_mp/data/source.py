@@ -36,7 +36,7 @@ class Request:
             raise ValueError(f"--data-dir {self.config.data_dir}: {error}") from None
 
     def cache(self, fallback: Path) -> Cache:
-        """Where generated and packed images are kept: --cache-dir, or the user's cache and then `fallback`."""
+        """The cache of drawn and packed images: --cache-dir, else the user's, else `fallback`."""
         chosen = self.config.cache_dir
         places = [cache_folder(chosen), None if chosen else fallback]
         folders = [place for place in places if place is not None]

@@ -1,8 +1,8 @@
-"""Packs the images of one split into a store, on all cores; a kill at any moment costs no more than a shard.
+"""Packs the images of one split into a store, on all cores; a kill costs no more than a shard.
 
-A shard is decoded, written and synced; then its manifest, which has the checksum and what the header will need of it. On resume,
-shards whose manifest and checksum match are reused. A store is a function of the files alone, so an interrupted one ends with
-the same bytes as any other.
+A shard is decoded, written and synced; then its manifest, which has the checksum and what the
+header will need of it. On resume, shards whose manifest and checksum match are reused. A store is a
+function of the files alone, so an interrupted one ends with the same bytes as any other.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ MOST_BAD = 20
 def pack_split(listing: Listing, path: Path, packing: Packing, with_sums: bool) -> dict[str, Any]:
     """Makes `listing` the store `path`, or finishes it, and returns its header.
 
-    `with_sums`: the store also gets the sums from which statistics are made. ValueError naming the files that cannot be read,
-    after all others are packed, and where the disk is full.
+    `with_sums`: the store also gets the sums from which statistics are made. ValueError naming the
+    files that cannot be read, after all others are packed, and where the disk is full.
     """
     try:
         with quiet_decoding():
@@ -47,8 +47,8 @@ def pack_split(listing: Listing, path: Path, packing: Packing, with_sums: bool) 
     except OSError as error:
         if error.errno in OUT_OF_SPACE | {errno.EFBIG}:
             raise ValueError(
-                f"{path}: no room left for the store ({error.strerror}); make some and repeat the command, "
-                "finished shards are kept"
+                f"{path}: no room left for the store ({error.strerror}); make some and repeat the "
+                "command, finished shards are kept"
             ) from None
         raise
 
@@ -123,7 +123,7 @@ class _SplitPacker:
         skipped: Sequence[tuple[str, str]],
         sums: Sums | None,
     ) -> None:
-        """Writes a shard, then its manifest, which is to be believed only if the shard is on the disk."""
+        """Writes a shard, and its manifest when the shard is on the disk."""
         readable = {
             row: image
             for row, image in zip(self.shards[number], images, strict=True)
@@ -209,7 +209,10 @@ class _SplitPacker:
         return store_format.read_header(self.path)
 
     def _finished_before(self) -> dict[str, Any] | None:
-        """The header of the finished, undamaged store of these files; any other finished one is removed."""
+        """The header of the store, if it is finished, of these files and undamaged.
+
+        Any other finished store is removed.
+        """
         if not (self.path / "header.json").exists():
             return None
         with contextlib.suppress(ValueError):
@@ -223,7 +226,7 @@ class _SplitPacker:
         return None
 
     def _tidy(self) -> None:
-        """Removes manifests, temporaries, and shards of a longer list that was begun here before."""
+        """Removes manifests, temporaries, and shards of a longer list that was begun here."""
         remove_leftovers(self.path)
         own = {shard_name(number) for number in range(len(self.shards))}
         leftovers: Iterable[Path] = self.path.glob(".manifest-*")

@@ -1,6 +1,7 @@
 """Measures the mean image and the colors of a set of images.
 
-They come from sums of whole numbers, so no block size, thread, order or interruption changes a bit of them.
+They come from sums of whole numbers, so no block size, thread, order or interruption changes a bit
+of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor
 from alexnet_mp.ops import cpu_kernels
 
 EXACT_PRODUCTS = 1024
-"""Products of two centered gray levels, at most 128 * 128, that float32 adds up without rounding: 2**14 * 2**10 = 2**24."""
+"""Products of two centered gray levels, at most 128 * 128, that float32 adds up without rounding:
+2**14 * 2**10 = 2**24.
+"""
 UINT32_IMAGES = (2**32 - 1) // 255
 """Images whose gray levels, 255 each at most, surely add up within 32 bits."""
 
@@ -30,11 +33,14 @@ class Statistics:
     mean_image: Tensor
     """float32 (3, side, side)."""
     covariance: Tensor
-    """float64 (3, 3): of a pixel's red, green and blue over all images, each image weighing the same."""
+    """float64 (3, 3): of a pixel's red, green and blue over all images, each image weighing the
+    same.
+    """
 
 
 class Sums:
-    """Exact sums over images, for each side: their number, the images (3, side, side), products of colors (3, 3).
+    """Exact sums over images, for each side: their number, the images (3, side, side), products of
+    colors (3, 3).
 
     Several threads may add to one object: sums of whole numbers are the same in any order.
     """
@@ -59,7 +65,9 @@ class Sums:
             self.products[side] += products
 
     def merge(self, other: Sums, sign: int = 1) -> None:
-        """Adds the sums of other images, or with `sign` -1 takes away those of images that were added."""
+        """Adds the sums of other images, or with `sign` -1 takes away those of images that were
+        added.
+        """
         for side in other.counts:
             if side not in self.counts:
                 self._start(side, np.int64)
@@ -76,7 +84,8 @@ class Sums:
     def statistics(self, side: int) -> Statistics:
         """The statistics of the images at `side`; every image weighs the same.
 
-        The mean of smaller images is enlarged; there must be no larger ones. ValueError if there are no images.
+        The mean of smaller images is enlarged; there must be no larger ones. ValueError if there
+        are no images.
         """
         if not self.count:
             raise ValueError("no training images to take the mean image of")

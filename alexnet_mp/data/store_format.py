@@ -1,10 +1,10 @@
 """The files of a store, which is a folder, and how they are read.
 
 header.json       format, version, classes, encoding, the shards' contents, checksums; written last
-images-00000.npy  a shard, a flat array of bytes: up to SHARD images, one behind the other, smaller sides first
+images-00000.npy  a shard, a flat array of bytes: up to SHARD images, smaller sides first
 labels.npy        int64 (N,), the images' classes
-places.npy        int64 (N, 2), each image's shelf (all images of one side in one shard) and its row there
-ends.npy          int64 (N,), JPEG only: where each image ends in its shard, shelf after shelf
+places.npy        int64 (N, 2), each image's array (one side of one shard) and its row there
+ends.npy          int64 (N,), JPEG only: where each image ends in its shard, array after array
 paths.json        each image's file in the folder that was packed, if one was
 sums.npz          exact sums over all images, if they were taken: statistics then need no other pass
 
@@ -52,7 +52,8 @@ def read_header(path: Path) -> dict[str, Any]:
             raise KeyError("format")
         if header["version"] != VERSION:
             raise ValueError(
-                f"{file}: a store of version {header['version']}, this alexnet_mp reads version {VERSION}; pack the images again"
+                f"{file}: a store of version {header['version']}, this alexnet_mp reads version "
+                f"{VERSION}; pack the images again"
             )
         shards = header["shards"]
         if (
@@ -78,9 +79,11 @@ def read_header(path: Path) -> dict[str, Any]:
 def open_array(
     path: Path, name: str, dtype: type, shape: tuple[int, ...], checksum: int | None
 ) -> np.ndarray:
-    """An array of the store `path`, memory-mapped, whose type and shape must be `dtype` and `shape`.
+    """An array of the store `path`, memory-mapped, whose type and shape must be `dtype` and
+    `shape`.
 
-    `checksum`: that of its bytes, which are then all read; None reads nothing. ValueError naming the file.
+    `checksum`: that of its bytes, which are then all read; None reads nothing. ValueError naming
+    the file.
     """
     file = path / name
     try:
@@ -94,7 +97,8 @@ def open_array(
         release(content)  # the header's pages, and those that the system read along with them
     except Exception:  # NumPy raises many kinds for a damaged file, tokenize's among them
         raise ValueError(
-            f"{file}: damaged (cut short, or not an array); delete the store's folder and make it again"
+            f"{file}: damaged (cut short, or not an array); "
+            "delete the store's folder and make it again"
         ) from None
     if (
         array.dtype != dtype
@@ -102,7 +106,8 @@ def open_array(
         or (checksum is not None and checksum_of(array) != checksum)
     ):
         raise ValueError(
-            f"{file}: damaged, it is not what the store's header says; delete the store's folder and make it again"
+            f"{file}: damaged, it is not what the store's header says; "
+            "delete the store's folder and make it again"
         )
     return array
 

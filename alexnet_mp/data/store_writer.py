@@ -67,14 +67,14 @@ def write_shard(path: Path, images: Sequence[EncodedImage]) -> WrittenShard:
 
 
 class StoreIndex:
-    """Collects what the header and the arrays of a store say of its images, in the images' order."""
+    """Collects what a store's header and arrays say of its images, in the images' order."""
 
     def __init__(self) -> None:
         self.shards: list[dict[str, Any]] = []
         self._labels: list[np.ndarray] = []
         self._places: list[np.ndarray] = []
         self._ends: list[np.ndarray] = []
-        self._shelves = 0
+        self._arrays = 0
 
     def add(
         self,
@@ -85,17 +85,18 @@ class StoreIndex:
     ) -> None:
         """Adds the next shard: its `entry` in the header, and the labels of its images.
 
-        The image at its k-th place is the `order[k]`-th of `labels`. `ends`: as in WrittenShard, of JPEGs only.
+        The image at its k-th place is the `order[k]`-th of `labels`. `ends`: as in WrittenShard, of
+        JPEGs only.
         """
         counts = entry["counts"]
         places = np.empty((len(labels), 2), np.int64)
-        places[order, 0] = self._shelves + np.repeat(np.arange(len(counts)), counts)
+        places[order, 0] = self._arrays + np.repeat(np.arange(len(counts)), counts)
         rows = [np.arange(count) for count in counts]
         places[order, 1] = np.concatenate([np.empty(0, np.int64), *rows])
         self.shards.append(dict(entry))
         self._labels.append(np.asarray(labels, np.int64))
         self._places.append(places)
-        self._shelves += len(counts)
+        self._arrays += len(counts)
         if ends is not None:
             self._ends.append(ends)
 

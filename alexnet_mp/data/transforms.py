@@ -1,7 +1,7 @@
-"""Turns stored images into what the network sees: resize, crop, flip, mean, color; in batches, on the device.
+"""Turns stored images into what the network sees: resize, crop, flip, mean, color.
 
-Values are gray levels, 0 to 255, as in 2012, and stay so after the mean is subtracted; only `--mean half` and
-`--deviations` scale them.
+Values are gray levels, 0 to 255, as in 2012, and stay so after the mean is subtracted; only `--mean
+half` and `--deviations` scale them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from alexnet_mp.config.seeds import combine
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.statistics import Statistics
 from alexnet_mp.data.store import ForEachRow
-from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops import cpu_kernels, cuda_kernels
 from alexnet_mp.ops.cpu_kernels import Mean
 
 
@@ -43,14 +43,18 @@ class AugmentParams:
         )
 
     def to(self, device: torch.device) -> AugmentParams:
-        """A copy on `device`, made without waiting: one small pinned tensor for the places, one for the colors."""
+        """A copy on `device`, made without waiting: one small pinned tensor for the places, one for
+        the colors.
+        """
         places = _send(torch.stack([self.top, self.left, self.flip.long()]), device)  # (3, N)
         color = None if self.color is None else _send(self.color, device)
         return AugmentParams(places[0], places[1], places[2].bool(), color)
 
 
 def _send(values: Tensor, device: torch.device) -> Tensor:
-    """`values`, from the CPU, on `device`. CUDA copies from pinned memory only without holding up the host."""
+    """`values`, from the CPU, on `device`. CUDA copies from pinned memory only without holding up
+    the host.
+    """
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
@@ -59,8 +63,8 @@ def _send(values: Tensor, device: torch.device) -> Tensor:
 class Augment:
     """Turns uint8 images (N, 3, s, s) into float32 (N, 3, size, size), on the images' device.
 
-    Images are resized to `side` before they are cropped to `size`. During training `noise_off` ends the color noise, and
-    the division that belongs to it, as the 2012 schedule does.
+    Images are resized to `side` before they are cropped to `size`. During training `noise_off` ends
+    the color noise, and the division that belongs to it, as the 2012 schedule does.
     """
 
     def __init__(
@@ -69,8 +73,15 @@ class Augment:
         image_size: int,
         statistics: Statistics | None = None,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`statistics`: of the training split at `side`. ValueError where `needs_statistics(config)` and there are none."""
+        """`statistics`: of the training split at `side`. ValueError where
+        `needs_statistics(config)` and there are none.
+
+        `dtype`: of the result on CUDA, where the layers' own type saves a pass over memory; float32
+        elsewhere.
+        """
+        self.dtype = dtype
         self.config, self.size, self.statistics = config, image_size, statistics
         self.side = config.resized_side(image_size)
         self.margin = self.side - image_size  # the last place at which a crop fits
@@ -86,7 +97,8 @@ class Augment:
             return
         if statistics is None:
             raise ValueError(
-                f"--mean {config.mean} --color-noise {config.color_noise}: need the statistics of the training images"
+                f"--mean {config.mean} --color-noise {config.color_noise}: need the statistics of "
+                "the training images"
             )
         if config.mean.startswith("image"):
             self.mean_image = statistics.mean_image.to(device)  # (3, side, side)
@@ -120,11 +132,13 @@ class Augment:
         return AugmentParams(top, left, flip, color)
 
     def train(self, images: Tensor, params: AugmentParams) -> Tensor:
-        """Crops, flips and colors as `params`, which are on the CPU, say, and subtracts the mean."""
+        """Crops, flips and colors as `params` (on the CPU) say, and subtracts the mean."""
         images = resize(images, self.side)
         if images.device.type == "cpu":
             return self._all_on_cpu(images, params)
         params = params.to(images.device)
+        if self._has_kernel(images):
+            return self._by_kernel(images, params)
         values = self._centered(images, params)
         if params.color is not None and not self.noise_off:
             values += params.color[:, :, None, None]
@@ -141,7 +155,9 @@ class Augment:
         return _same_for_all(rows, self.margin // 2, self.margin // 2, False)
 
     def ten_crop(self, images: Tensor) -> Tensor:
-        """float32 (N, 10, 3, size, size): the four corners from the top left by rows, the center, then the same five flipped."""
+        """float32 (N, 10, 3, size, size): the four corners from the top left by rows, the center,
+        then the same five flipped.
+        """
         return torch.stack(list(self.ten_views(images)), 1)
 
     def ten_views(self, images: Tensor) -> Iterator[Tensor]:
@@ -161,12 +177,12 @@ class Augment:
     ) -> Tensor:
         """Does what `train` does, to the bit, with images that lie anywhere, and returns `out`.
 
-        `image(row)`: uint8 (3, side, side). `out`: float32 (N, 3, size, size). `for_each_row` calls a function for each row,
-        e.g. a thread pool's map.
+        `image(row)`: uint8 (3, side, side). `out`: float32 (N, 3, size, size). `for_each_row` calls
+        a function for each row, e.g. a thread pool's map.
 
-        All steps of an image follow each other while it is in the processor's cache: one pass over the memory, and no copy of
-        the stored images. It is not made of torch's operations, so a thread may call it without starting torch's threads
-        beside the trainer's.
+        All steps of an image follow each other while it is in the processor's cache: one pass over
+        the memory, and no copy of the stored images. It is not made of torch's operations, so a
+        thread may call it without starting torch's threads beside the trainer's.
         """
         target, tops = out.numpy(), params.top.tolist()
         lefts, flips = params.left.tolist(), params.flip.tolist()
@@ -205,7 +221,44 @@ class Augment:
         params = _same_for_all(len(images), top, left, flip, images.device)
         if images.device.type == "cpu":
             return self._all_on_cpu(images, params)
+        if self._has_kernel(images):
+            return self._by_kernel(images, params)
         return self._scaled(self._centered(images, params))
+
+    def _has_kernel(self, images: Tensor) -> bool:
+        """Whether one kernel does all steps on the images' device; foreign networks' colors it does
+        not.
+        """
+        return (
+            cuda_kernels.usable(images.device.type)
+            and not self.scales_colors
+            and not self.reversed_colors
+        )
+
+    def _by_kernel(self, images: Tensor, params: AugmentParams) -> Tensor:
+        """Does what `train` does in one pass over the images: (N, 3, size, size), channels-last, of
+        `dtype`.
+        """
+        from alexnet_mp.ops import triton_kernels  # needs Triton
+
+        noise = params.color is not None and not self.noise_off
+        half, mean = self.config.mean == "half", None
+        if self.config.mean == "image-aligned":
+            mean = self.mean_image
+        elif self.config.mean in ("image-center", "values"):
+            mean = self.center_mean
+        return triton_kernels.crop(
+            images.contiguous(),
+            torch.stack([params.top, params.left, params.flip.long()]).int(),
+            self.size,
+            self.dtype,
+            mean,
+            aligned=self.config.mean == "image-aligned",
+            constant=127.5 if half else 0.0,
+            color=params.color if noise else None,
+            divisor=1 + self.config.color_noise if noise and self.config.color_divides else 1.0,
+            scale=127.5 if half else 1.0,
+        )
 
     def _centered(self, images: Tensor, params: AugmentParams) -> Tensor:
         """Crops minus their mean; `params` are on the images' device."""
@@ -275,11 +328,13 @@ def needs_statistics(config: DataConfig) -> bool:
 
 
 def color_axes(config: DataConfig, statistics: Statistics) -> Tensor:
-    """float32 (3, 3): the factor that turns a normal triple times color_noise into gray levels of red, green and blue.
+    """float32 (3, 3): the factor that turns a normal triple times color_noise into gray levels of
+    red, green and blue.
 
-    Columns are the covariance's eigenvectors, each times a scale. `deviation`: the standard deviation along it, in gray levels
-    (ImageNet: 19.7, 37.1, 121.8). `eigenvalue`: the paper's, which means the variance of values from 0 to 1; the product, too,
-    is of that scale and is brought back to gray levels (ImageNet: 0.228 * 255 = 58.2 for the largest).
+    Columns are the covariance's eigenvectors, each times a scale. `deviation`: the standard
+    deviation along it, in gray levels (ImageNet: 19.7, 37.1, 121.8). `eigenvalue`: the paper's,
+    which means the variance of values from 0 to 1; the product, too, is of that scale and is
+    brought back to gray levels (ImageNet: 0.228 * 255 = 58.2 for the largest).
     """
     variances, vectors = torch.linalg.eigh(statistics.covariance)
     variances = variances.clamp(min=0)
@@ -291,7 +346,8 @@ def color_axes(config: DataConfig, statistics: Statistics) -> Tensor:
 
 
 def batched_crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, size: int) -> Tensor:
-    """The crop (3, size, size) of each image (N, 3, s, s) at its own place, mirrored where `flip`; all on one device.
+    """The crop (3, size, size) of each image (N, 3, s, s) at its own place, mirrored where `flip`;
+    all on one device.
 
     One gather for all images, for a GPU; on a CPU `Augment.on_cpu` is several times as fast.
     """

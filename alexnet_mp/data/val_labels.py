@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_mp.data.image_folder import flat_images, image_names
+from alexnet_mp.data.directory import flat_images, image_names
 
 DEVKIT = (
     "the numbers of ILSVRC's devkit (1 to 1000) are its own, not the places of the sorted class "
@@ -126,7 +126,8 @@ def _numbered(file: Path, used: set[int]) -> dict[int, str]:
     elif (0 in used) == (len(rows) in used):
         raise ValueError(
             f"--val-synsets {file}: {len(rows):,} lines, and the labels use {min(used)} to "
-            f"{max(used)}: whether counting starts at 0 or 1 is not clear; write `NUMBER CLASS` lines"
+            f"{max(used)}: whether counting starts at 0 or 1 is not clear; "
+            "write `NUMBER CLASS` lines"
         )
     else:
         numbered = {k + (0 not in used): row[0] for k, row in enumerate(rows)}

@@ -1,72 +1,77 @@
-"""Activations of a trained network, their nearest neighbors, and samples of images to show."""
+"""Features of image files: what a trained network's layers make of them, as an .npz file."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from alexnet_mp.model.alexnet import AlexNet
+from alexnet_mp.config.arguments import FeaturesRequest
+from alexnet_mp.config.files import atomic_writer
+from alexnet_mp.config.progress import progress
+from alexnet_mp.data.directory import EXTENSIONS
+from alexnet_mp.inference.load_network import load_network
 
 
-@torch.no_grad()
-def logits_and_fc7(model: AlexNet, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) and the input of fc8 (N, 4096), float32, the columns side by side.
+def save_features(request: FeaturesRequest, device: torch.device) -> dict[str, Any]:
+    """Writes the file that `request` asks for.
 
-    The input of fc8 is fc7 after its nonlinearity and, if dropout as of 2012 follows, multiplied by
-    the keep rate, 0.5, as in testing.
+    Returns {"images", "values", "layer", "unreadable": [line, ...]}. Raises ValueError or OSError
+    with one line that names the flag or file.
     """
-    inputs: dict[str, Tensor] = {}
+    folder = Path(request.folder).expanduser()
+    files = image_files(folder)
+    network = load_network(request.checkpoint, device)
+    names, rows, unreadable = [], [], []
+    shown = progress(total=len(files), description="features", unit="images")
+    with shown:
+        for start in range(0, len(files), request.batch_size):
+            batch: list[Tensor] = []
+            for file in files[start : start + request.batch_size]:
+                square = network.preprocess.network.read_image(file)
+                if isinstance(square, str):
+                    unreadable.append(f"{file}: {square}")
+                    continue
+                batch.append(square)
+                names.append(str(file.relative_to(folder)))
+            if batch:
+                images = network.preprocess.augment.test(torch.stack(batch).to(device))
+                rows.append(network.model.features(images, request.layer).float().cpu())
+            shown.update(min(request.batch_size, len(files) - start))
+    if not rows:
+        raise ValueError(f"{unreadable[0]}; no image of {folder} can be read")
+    features = torch.cat(rows)
+    with atomic_writer(Path(request.out).expanduser()) as target:
+        np.savez(target, features=features.numpy(), files=np.array(names))
+    return {
+        "images": len(features),
+        "values": features.shape[1],
+        "layer": request.layer,
+        "unreadable": unreadable,
+    }
 
-    def keep(index: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs[index] = arguments[0]
 
-        return hook
+def image_files(folder: Path) -> list[Path]:
+    """The image files in `folder` and the folders in it, by their names' ends, sorted.
 
-    hooks = [
-        column.get_submodule("fc8").register_forward_pre_hook(keep(index))
-        for index, column in model.columns.items()
-    ]
-    try:
-        logits: Tensor = model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits.float(), torch.cat([inputs[index] for index in model.columns], 1).float()
-
-
-def nearest(queries: Tensor, batches: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The rows nearest to each of `queries` (Q, F): distances (Q, count), row numbers (Q, count).
-
-    The rows come in `batches` (N, F) and are numbered through; only the best are kept in memory.
-    Nearest first; of equally near rows the first comes first; fewer rows than `count` give fewer
-    columns.
+    Raises ValueError or FileNotFoundError where there are none.
     """
-    distances = queries.new_empty((len(queries), 0))
-    numbers = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
-    seen = 0
-    for rows in batches:
-        # A matrix product would lose small distances to rounding.
-        new = torch.cdist(queries, rows, compute_mode="donot_use_mm_for_euclid_dist")
-        rows_seen = torch.arange(seen, seen + len(rows), device=queries.device)
-        numbers = torch.cat([numbers, rows_seen.expand(len(queries), -1)], 1)
-        distances, order = torch.cat([distances, new], 1).sort(dim=1, stable=True)
-        distances, numbers = distances[:, :count], numbers.gather(1, order[:, :count])
-        seen += len(rows)
-    return distances.cpu(), numbers.cpu()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    files = sorted(_walk(folder))
+    if not files:
+        raise ValueError(f"{folder}: has no images ({' '.join(sorted(EXTENSIONS))})")
+    return files
 
 
-def class_balanced_sample(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Up to `count` random places in `labels`, each class once before any class a second time."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    seen: Counter[int] = Counter()
-    turns = []
-    for label in labels[order].tolist():
-        turns.append(seen[label])
-        seen[label] += 1
-    return order[np.argsort(turns, kind="stable")][:count]
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                yield Path(place, name)

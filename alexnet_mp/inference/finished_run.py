@@ -15,8 +15,8 @@ from alexnet_mp.config import Config
 from alexnet_mp.config.progress import progress
 from alexnet_mp.config.seeds import combine
 from alexnet_mp.data import Loader, Splits, Store, load, needs_statistics
-from alexnet_mp.inference.features import class_balanced_sample, logits_and_fc7
 from alexnet_mp.inference.load_network import class_difference, read_network
+from alexnet_mp.inference.neighbors import class_balanced_sample
 
 
 class FinishedRun:
@@ -83,7 +83,7 @@ class FinishedRun:
         return Loader(store, augment, self.config.recipe.batch_size, device=self.device)
 
     def logits_and_fc7(self, store: Store, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """`logits_and_fc7` of each batch of `store`."""
+        """Logits and features, those that fc8 reads, of each batch of `store`, in float32."""
         batches = progress(
             self.loader(store),
             description=description,
@@ -91,7 +91,9 @@ class FinishedRun:
             enabled=self.show_progress,
         )
         for images, *_ in batches:
-            yield logits_and_fc7(self.model, images)
+            last = self.config.model.layers[-2]  # fc7; conv3 in the four-layer net
+            logits, features = self.model.logits_and_features(images, last)
+            yield logits.float(), features.float()
 
     def sample(self, store: Store, count: int, purpose: str) -> Store:
         """`count` images of `store` for a picture, class-balanced, chosen by the run's seed."""

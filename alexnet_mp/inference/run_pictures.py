@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from alexnet_mp.data import Store
-from alexnet_mp.inference.features import nearest
 from alexnet_mp.inference.finished_run import FinishedRun, read_history
+from alexnet_mp.inference.neighbors import nearest
 from alexnet_mp.plotting.curves import (
     ACCURACIES,
     AXIS_LABELS,
@@ -121,7 +121,8 @@ def curves(run: FinishedRun, out: Path, window: int = 1) -> Picture:
     return Picture(
         out / "curves.png",
         f"{len(run.history)} epoch{'s' * (len(run.history) > 1)}; lowest validation loss "
-        f"{best['val_loss']:.4f} after epoch {best['epoch']}, error there {1 - best['val_top1']:.2%}",
+        f"{best['val_loss']:.4f} after epoch {best['epoch']}, error there "
+        f"{1 - best['val_top1']:.2%}",
         facts,
     )
 

@@ -7,6 +7,7 @@ others in conv3, fc6 and fc7 only; where they come from is the business of `cros
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -31,8 +32,9 @@ from alexnet_mp.ops.conv1 import Conv1, conv1_input
 from alexnet_mp.ops.dropout import Dropout, batch_keys
 from alexnet_mp.ops.pooling import adaptive_average_pool, overlapping_max_pool
 from alexnet_mp.ops.response_norm import LocalResponseNorm, MapNorm
-from alexnet_mp.ops.tracing import not_compiled
+from alexnet_mp.ops.tracing import needs_plain_operations, not_compiled
 
+RECENT_PASSES = 64  # of which a backward pass may repeat any
 PAPER_CLASSES = 1000  # a network made without data has the paper's thousand logits
 
 
@@ -122,6 +124,7 @@ class AlexNet(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
         self.seed, self.training_passes = seed, 0
+        self._recent_passes: dict[int, int] = {}
         columns = {int(index): column for index, column in self.columns.items()}
         initialize_parameters(self.config, columns, seed)
 
@@ -147,6 +150,41 @@ class AlexNet(nn.Module):
         x = self._dropout("fc7", self._activate(self._layer("fc7", x)), keys)  # 2048
         return self.link.sum("fc8", self._layer("fc8", x))  # 1000: the sum of the columns' shares
 
+    def features(self, images: Tensor, layer: str = "fc7") -> Tensor:
+        """The output of `layer`, conv5, fc6 or fc7, for images (N, 3, S, S): (N, values).
+
+        That is what the next layer reads, after pooling, ReLU and, in a network with dropout as of
+        2012, its factor of 0.5; the columns side by side: 9,216, 4,096 and 4,096 values in the
+        paper's network. ValueError for other layers, in training mode, or where columns are on
+        other ranks.
+        """
+        return self.logits_and_features(images, layer)[1]
+
+    @torch.no_grad()
+    def logits_and_features(self, images: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+        """The logits (N, classes) and `features` of one pass."""
+        names = self.config.layers
+        readers = {name: reader for name, reader in itertools.pairwise(names) if reader[:2] == "fc"}
+        if layer not in readers:
+            raise ValueError(f"layer {layer}: features are those of {', '.join(readers)}")
+        if self.training:
+            raise ValueError("features: call model.eval() first, dropout would change them")
+        if len(self.columns) < self.config.columns:
+            raise ValueError("features: some columns are on other ranks; load the whole network")
+        inputs: list[Tensor] = []
+        hooks = [
+            column.get_submodule(readers[layer]).register_forward_pre_hook(
+                lambda _, arguments: inputs.append(arguments[0])
+            )
+            for column in self.columns.values()
+        ]
+        try:
+            logits: Tensor = self(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits, torch.cat(inputs, 1)
+
     def _layer(self, name: str, x: list[Tensor]) -> list[Tensor]:
         """Layer `name` of every column. A crossing gets the other columns' outputs as well."""
         layers = [getattr(column, name) for column in self.columns.values()]
@@ -163,29 +201,44 @@ class AlexNet(nn.Module):
 
     def _after_conv1(self, x: list[Tensor]) -> list[Tensor]:
         """ReLU, norm, pool (P 3.3 and 3.4). The 2012 source has the ReLU last."""
-        if self.config.layer1_order == "relu-lrn-pool":
-            return self._activate_norm_pool(x)
-        return self._activate(self._norm_pool(x))
+        if self.config.layer1_order == "lrn-pool-relu":
+            return self._activate(self._norm_pool("lrn1", x))
+        return self._activate_norm_pool("lrn1", x, self.config.layer1_order)
 
     def _after_conv2(self, x: list[Tensor]) -> list[Tensor]:
         """ReLU, norm, pool (P 3.3 and 3.4). The 2012 source has a second norm before the pool."""
         if self.map_norm is None:
-            return self._activate_norm_pool(x)
-        return self._max_pool([self.map_norm(y) for y in self._norm(self._activate(x))])
+            return self._activate_norm_pool("lrn2", x, self.config.layer2_order)
+        return self._max_pool([self.map_norm(y) for y in self._norm("lrn2", self._activate(x))])
 
-    def _activate_norm_pool(self, x: list[Tensor]) -> list[Tensor]:
+    def _activate_norm_pool(self, name: str, x: list[Tensor], order: str) -> list[Tensor]:
+        if order == "relu-pool-lrn":
+            return self._norm(name, self._activate(self._max_pool(x)))
         if self.config.activation == "relu":
-            return self._norm_pool(x, relu=True)
-        return self._norm_pool(self._activate(x))
+            return self._norm_pool(name, x, relu=True)
+        return self._norm_pool(name, self._activate(x))
 
-    def _norm_pool(self, x: list[Tensor], relu: bool = False) -> list[Tensor]:
-        """No window of the norm reaches into another column."""
+    def _norm_pool(self, name: str, x: list[Tensor], relu: bool = False) -> list[Tensor]:
         if self.lrn is None:
             return self._max_pool(self._activate(x) if relu else x)
-        return [self.lrn(y, relu=relu, pool=self.pool) for y in x]
+        return self._norm(name, x, relu=relu, pool=self.pool)
 
-    def _norm(self, x: list[Tensor]) -> list[Tensor]:
-        return x if self.lrn is None else [self.lrn(y) for y in x]
+    def _norm(self, name: str, x: list[Tensor], **options: Any) -> list[Tensor]:
+        """No window of the norm reaches into another column, unless `lrn_across_columns`."""
+        lrn, columns = self.lrn, self.config.columns
+        if lrn is None:
+            return x
+        if columns == 1 or not self.config.lrn_across_columns:
+            return [lrn(y, **options) for y in x]
+        here = [int(index) for index in self.columns]
+        half = lrn.size // 2
+        arrive = self.link.start_exchange(name, cross_column.edges(x, here, columns, half))
+        halos = cross_column.halos(arrive(), here, columns, half)
+        normed = []
+        for y, (before, after) in zip(x, halos, strict=True):
+            wide = lrn(torch.cat([before, y, after], 1), **options)
+            normed.append(wide[:, before.shape[1] : before.shape[1] + y.shape[1]])
+        return normed
 
     def _activate(self, x: list[Tensor]) -> list[Tensor]:
         # Not in place: hooks may have seen what a layer returned.
@@ -207,8 +260,18 @@ class AlexNet(nn.Module):
 
     @not_compiled  # it would be compiled again for every value of the counter
     def _next_keys(self, images: Tensor) -> Tensor:
-        self.training_passes += 1
-        return batch_keys(images, self.seed, self.training_passes - 1)
+        """The keys of a pass; activation checkpointing repeats one in backward, with its masks."""
+        place = 0 if needs_plain_operations(images) else images.data_ptr()
+        if torch._C._current_graph_task_id() >= 0:  # within a backward pass
+            number = self._recent_passes.get(place, self.training_passes - 1)
+        else:
+            number = self.training_passes
+            self.training_passes += 1
+            self._recent_passes.pop(place, None)
+            self._recent_passes[place] = number
+            if len(self._recent_passes) > RECENT_PASSES:
+                del self._recent_passes[next(iter(self._recent_passes))]
+        return batch_keys(images, self.seed, number)
 
     def canonical(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """`read(parameter)` of every parameter, with the names and shapes of the state dict.

@@ -38,7 +38,10 @@ class Link(Protocol):
 
 
 class LocalLink:
-    """All columns are here: nothing has to travel."""
+    """All columns are here: nothing has to travel.
+
+    >>> AlexNet(config, columns=(0, 1), link=LocalLink())  # the same as AlexNet(config)
+    """
 
     def start_exchange(self, layer: str, x: list[Tensor]) -> Callable[[], list[Tensor]]:
         others = [x[:i] + x[i + 1 :] for i in range(len(x))]
@@ -236,6 +239,38 @@ def one_each(arrive: Callable[[], list[Tensor]], columns: int) -> list[Callable[
         return arrived[column]
 
     return [partial(arrive_at, column) for column in range(columns)]
+
+
+def edges(x: list[Tensor], here: list[int], columns: int, half: int) -> list[Tensor]:
+    """The maps of each column (N, C, H, W) that windows of the neighboring columns reach.
+
+    The first `half` and the last `half` of them; of two columns only those at the border between
+    them. `here` are the numbers of the columns in `x`.
+    """
+    if columns == 2:
+        return [y[:, -half:] if i == 0 else y[:, :half] for i, y in zip(here, x, strict=True)]
+    return [torch.cat([y[:, :half], y[:, -half:]], 1) for y in x]
+
+
+def halos(
+    others: list[Tensor], here: list[int], columns: int, half: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The maps (N, half, H, W) before and after each column here, of its neighbors' `edges`.
+
+    `others` has for each column all other columns' edges in column order. The first column has none
+    before it, the last none after it.
+    """
+    found = []
+    for i, edge in zip(here, others, strict=True):
+        none = edge[:, :0]
+        if columns == 2:
+            found.append((none, edge) if i == 0 else (edge, none))
+            continue
+        parts = list(torch.split(edge, half, 1))  # first and last of column 0, of column 1, ...
+        before = parts[2 * (i - 1) + 1] if i > 0 else none
+        after = parts[2 * i] if i < columns - 1 else none
+        found.append((before, after))
+    return found
 
 
 def merge_halves(

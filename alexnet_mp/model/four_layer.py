@@ -44,8 +44,8 @@ class FourLayerNet(AlexNet):
         check_images(images, self.config)
         x = self._layer("conv1", [images])  # 32 x 32 x 32
         x = self._activate(self._max_pool(x))  # 32 x 16 x 16
-        x = self._activate(self._layer("conv2", self._norm(x)))  # 32 x 16 x 16
-        x = self._norm(self._average_pool(x))  # 32 x 8 x 8
+        x = self._activate(self._layer("conv2", self._norm("lrn1", x)))  # 32 x 16 x 16
+        x = self._norm("lrn2", self._average_pool(x))  # 32 x 8 x 8
         x = self._activate(self._layer("conv3", x))  # 64 x 8 x 8
         x = self._flatten(self._average_pool(x))  # 64 x 4 x 4 -> 1024
         return self.link.sum("fc8", self._layer("fc8", x))  # 10
@@ -63,6 +63,9 @@ def build_network(
     link: Link | None = None,
     seed: int | None = None,
 ) -> AlexNet:
-    """The network that `config.network` names, or its `columns` that live here; see AlexNet."""
+    """The network that `config.network` names, or its `columns` that live here; see AlexNet.
+
+    >>> network = build_network(preset("four-layers").model)
+    """
     kind = {"alexnet": AlexNet, "four-layers": FourLayerNet}[config.network]
     return kind(config, columns, link, seed)

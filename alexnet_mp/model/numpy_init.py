@@ -45,6 +45,8 @@ def initialize_weights(
 
     `seed` None draws others at every call. ValueError as for `standard_deviation`, before anything
     is drawn.
+
+        weights = initialize_weights(seed=0)  # eight arrays, float64
     """
     deviations = [standard_deviation(shape) for shape in layer_shapes]
     rng = np.random.default_rng(seed)
@@ -64,6 +66,8 @@ def initialize_biases(
     half. `behind_relu` says which layers read the output of a ReLU; by default all but the first,
     which reads the image. ValueError for a shape that is no layer's, or another number of entries
     than of layers.
+
+        biases = initialize_biases()  # eight arrays, float64
     """
     if behind_relu is None:
         behind_relu = [number > 0 for number in range(len(layer_shapes))]
@@ -80,7 +84,10 @@ def initialize_biases(
 def describe_layers(
     weights: Sequence[NDArray[np.float64]], biases: Sequence[NDArray[np.float64]]
 ) -> str:
-    """A line for each layer: shape, mean and standard deviation of its weights, and its bias."""
+    """A line for each layer: shape, mean and standard deviation of its weights, and its bias.
+
+    >>> print(describe_layers(initialize_weights(seed=0), initialize_biases()))
+    """
     return "\n".join(
         f"layer {number}: weights {' x '.join(map(str, weight.shape)):>18s}  "
         f"mean {weight.mean():9.6f}  standard deviation {weight.std():.6f}  bias {bias[0]:g}"

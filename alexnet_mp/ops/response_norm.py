@@ -1,21 +1,21 @@
 """Response normalization as the paper defines it (P 3.3), and the one that the 2012 source adds.
 
-One formula is computed in three ways. On a CPU, a compiled kernel does ReLU, norm and pooling in
-one pass. Elsewhere torch's operations do it, in a function that keeps nothing but its input. Where
-torch has to see each operation, as in torch.func, the operations stand alone.
+One formula is computed in three ways. A compiled kernel does ReLU, norm and pooling in one pass: C++
+on a CPU, Triton on CUDA. Where there is none, torch's operations do it, in a function that keeps
+nothing but its input. Where torch has to see each operation, as in torch.func, they stand alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from alexnet_mp.ops import compile as compile_ops
-from alexnet_mp.ops import cpu_kernels
+from alexnet_mp.ops import cpu_kernels, cuda_kernels
 from alexnet_mp.ops.pooling import overlapping_max_pool
 from alexnet_mp.ops.tracing import apply, needs_plain_operations
 
@@ -58,6 +58,9 @@ class LocalResponseNorm(ResponseNorm):
     `alpha` multiplies the plain SUM of the squares, as the paper prints it:
     torch.nn.LocalResponseNorm divides it by `size` first. The window is cut off at the first and
     the last map, so it never reaches into another column.
+
+        norm = LocalResponseNorm(size=5, k=2.0, alpha=1e-4, beta=0.75)
+        norm(torch.randn(8, 48, 55, 55))  # equals torch's with alpha=5e-4
     """
 
     def __init__(
@@ -101,23 +104,41 @@ def relu_lrn_pool(
     pool: tuple[int, int] | None = None,
 ) -> Tensor:
     """See LocalResponseNorm.forward."""
-    if not needs_plain_operations(x) and cpu_kernels.supports(x, size, beta):
-        x = cpu_kernels.as_dense(x)
-        if pool and pool[0] == cpu_kernels.POOL and cpu_kernels.is_channels_last(x):
-            return apply(_FusedKernel, x, k, alpha, relu, pool[1])
-        x = apply(_FusedKernel, x, k, alpha, relu, 0)
-    else:
+    kernels = None if needs_plain_operations(x) else _kernels_for(x, size, beta)
+    if kernels is None:
         x = _by_operations(F.relu(x) if relu else x, Norm(sum_over_neighbors, size, k, alpha, beta))
+        return overlapping_max_pool(x, *pool) if pool else x
+    x = cpu_kernels.as_dense(x) if kernels is cpu_kernels else _channels_last(x)
+    if pool and pool[0] == cpu_kernels.POOL and cpu_kernels.is_channels_last(x):
+        return apply(_FusedKernel, x, kernels, k, alpha, relu, pool[1])
+    x = apply(_FusedKernel, x, kernels, k, alpha, relu, 0)
     return overlapping_max_pool(x, *pool) if pool else x
 
 
 def map_norm(x: Tensor, size: int, k: float, alpha: float, beta: float) -> Tensor:
     """See MapNorm."""
+    if not needs_plain_operations(x) and cuda_kernels.supports(x, size, beta):
+        return apply(_MapNormKernel, _channels_last(x), size, k, alpha)
     return _by_operations(x, Norm(sum_over_pixels, size, k, alpha, beta))
 
 
 fx.wrap("relu_lrn_pool")  # torch.fx records a call of these, and does not look inside
 fx.wrap("map_norm")
+
+
+def _kernels_for(x: Tensor, size: int, beta: float) -> ModuleType | None:
+    """The module whose `forward` and `backward` compute the norm of `x` across maps, if any does."""
+    if cpu_kernels.supports(x, size, beta):
+        return cpu_kernels
+    if cuda_kernels.supports(x, size, beta):
+        from alexnet_mp.ops import triton_kernels  # needs Triton
+
+        return triton_kernels
+    return None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _by_operations(x: Tensor, norm: Norm) -> Tensor:
@@ -150,30 +171,57 @@ class _ResponseNorm(torch.autograd.Function):
 
 
 class _FusedKernel(torch.autograd.Function):
-    """The norm across maps by the kernel in csrc/, alone or between ReLU and pooling, as one node.
+    """The norm across maps by a compiled kernel, alone or between ReLU and pooling, as one node.
 
         forward     z -> x = max(z, 0), if `relu`;  y = norm(x);  max pool of y, if `stride`
         backward    the same way back, x and d computed again
 
     Only z is kept, and a byte for each maximum that says where it was: y and its gradient are never
-    whole in memory.
+    whole in memory. `kernels` is cpu_kernels or triton_kernels.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, k: float, alpha: float, relu: bool, stride: int) -> Tensor:
-        ctx.settings = k, alpha, relu, stride
-        result, where = cpu_kernels.forward(z, *ctx.settings)
+    def forward(
+        ctx: Any, z: Tensor, kernels: ModuleType, k: float, alpha: float, relu: bool, stride: int
+    ) -> Tensor:
+        ctx.kernels, ctx.settings = kernels, (k, alpha, relu, stride)
+        result, where = kernels.forward(z, *ctx.settings)
         ctx.save_for_backward(z, where)
-        return result
+        return result  # type: ignore[no-any-return]  # of a module, whose functions have no types
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         z, where = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated again
             y = _relu_norm_pool(z, *ctx.settings)
-            return _differentiable_gradient(y, z, gradient), None, None, None, None
+            return _differentiable_gradient(y, z, gradient), None, None, None, None, None
         gradient = cpu_kernels.laid_out_like(gradient, z if where is None else where)
-        return cpu_kernels.backward(z, gradient, where, *ctx.settings), None, None, None, None
+        dz = ctx.kernels.backward(z, gradient, where, *ctx.settings)
+        return dz, None, None, None, None, None
+
+
+class _MapNormKernel(torch.autograd.Function):
+    """The norm within maps by the Triton kernels; only z is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, size: int, k: float, alpha: float) -> Tensor:
+        from alexnet_mp.ops import triton_kernels
+
+        ctx.save_for_backward(z)
+        ctx.settings = size, k, alpha
+        return triton_kernels.map_norm_forward(z, *ctx.settings)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        from alexnet_mp.ops import triton_kernels
+
+        (z,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
+            size, k, alpha = ctx.settings
+            y = _norm(z, Norm(sum_over_pixels, size, k, alpha, cuda_kernels.BETA))
+            return _differentiable_gradient(y, z, gradient), None, None, None
+        gradient = _channels_last(gradient)
+        return triton_kernels.map_norm_backward(z, gradient, *ctx.settings), None, None, None
 
 
 def _relu_norm_pool(z: Tensor, k: float, alpha: float, relu: bool, stride: int) -> Tensor:
@@ -188,13 +236,9 @@ def _differentiable_gradient(y: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _computed(function: Callable[..., Tensor], norm: Norm, *tensors: Tensor) -> Tensor:
-    """`function` of tensors of one shape: one kernel on CUDA, some images at a time on the CPU."""
+    """`function` of tensors of one shape; on a CPU some images at a time, which stay in its cache."""
     x = tensors[0]
-    if torch.compiler.is_compiling():
-        return function(*tensors, norm)
-    if compile_ops.fuses(x.device.type):
-        return compile_ops.call_compiled(function, tensors, norm)
-    if x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return function(*tensors, norm)
     result = torch.empty_like(x)
     images = max(1, CHUNK_BYTES // (4 * max(x[:1].numel(), 1)))
@@ -265,4 +309,4 @@ def slow_norm(device: str) -> str:
     """
     if device == "cpu":
         return cpu_kernels.unavailable_reason()
-    return compile_ops.unavailable_reason(device) if device in compile_ops.DEVICES else ""
+    return cuda_kernels.unavailable_reason(device) if device in cuda_kernels.DEVICE_TYPES else ""

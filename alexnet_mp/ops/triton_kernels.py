@@ -1,16 +1,20 @@
-"""Triton kernels for CUDA: ReLU + response norm + max pooling, the map norm, and the crop of images.
+"""Triton kernels for CUDA: ReLU + response norm + max pooling, the map norm, and the crop of
+images.
 
-They are the twins of csrc/response_norm.cpp and csrc/crop.cpp. Tensors are channels-last, values are float32 inside and are
-rounded once, when they are stored. This module imports Triton; `cuda_kernels` says whether it can be used.
+They are the twins of csrc/response_norm.cpp and csrc/crop.cpp. Tensors are channels-last, values
+are float32 inside and are rounded once, when they are stored. This module imports Triton;
+`cuda_kernels` says whether it can be used.
 
-Bytes that a kernel moves to and from a GPU's memory, for E bytes a value and P pixels of C maps (least possible in brackets;
-values that a program reads twice come from its caches):
+Bytes that a kernel moves to and from a GPU's memory, for values of E bytes, P pixels and C maps; in
+brackets the least possible. Values that a program reads twice come from the GPU's caches.
 
-    relu_lrn_pool forward    reads E P C, writes (E + 1) P C / 4         (the same: each value is read once, written once)
-    relu_lrn_pool backward   reads E P C + (E + 1) P C / 4, writes E P C (the same: only z and the places are kept)
-    map norm forward         reads E P C, writes E P C                   (the same)
-    map norm backward        reads 4 E P C + 4 P C, writes E P C + 4 P C (3 E P C: one pass would compute t 25 times)
-    crop                     reads S S 3 bytes an image, writes S S 3 E  (the same; a mean image stays in the cache)
+    relu_lrn_pool forward     E P C read, (E + 1) P C / 4 written             [the same]
+    relu_lrn_pool backward    E P C + (E + 1) P C / 4 read, E P C written     [the same]
+    map norm forward          E P C read, E P C written                       [the same]
+    map norm backward         (4 E + 4) P C read, (E + 4) P C written         [2 E P C, E P C]
+    crop of S x S             3 S S read, 3 E S S written, an image           [the same]
+
+The map norm's backward has two passes, since one would compute each term 25 times.
 
 They have been run with Triton's interpreter only, not on hardware.
 """
@@ -30,7 +34,8 @@ PIXELS = 128  # of a program in the interpreter
 
 
 def _tuned(key: list[str]) -> Callable[[Any], Any]:
-    """Chooses the block and warps of a kernel by trial, once for each `key`; the interpreter takes PIXELS."""
+    """Chooses the block and warps of a kernel by trial, once for each `key`; the interpreter takes
+    PIXELS."""
     if INTERPRETED:
         return lambda kernel: kernel
     configs = [
@@ -46,7 +51,8 @@ def _block() -> dict[str, int]:
 
 @triton.jit
 def _load(pointer, base, channel, C: tl.constexpr, inside, RELU: tl.constexpr):
-    """Values (BLOCK, CP) of maps `channel` at pixels that begin at `base`, zero beyond the first and last map."""
+    """Values (BLOCK, CP) of maps `channel` at pixels that begin at `base`, zero beyond the first
+    and last map."""
     mask = inside[:, None] & (channel >= 0)[None, :] & (channel < C)[None, :]
     x = tl.load(pointer + base[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     if RELU:
@@ -76,9 +82,22 @@ def _norm_at(z, base, channel, C: tl.constexpr, inside, k, alpha, RELU: tl.const
 @_tuned(["C", "H", "W", "STRIDE"])
 @triton.jit
 def _relu_lrn_pool_forward(
-    z, out, places, total, H, W, OH, OW, k, alpha,
-    C: tl.constexpr, CP: tl.constexpr, RELU: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    z,
+    out,
+    places,
+    total,
+    H,
+    W,
+    OH,
+    OW,
+    k,
+    alpha,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    RELU: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program: BLOCK pooled pixels (or pixels, where STRIDE is 0) of all C maps."""
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, CP)
@@ -106,10 +125,22 @@ def _relu_lrn_pool_forward(
 
 @triton.jit
 def _gradient_at(
-    gradient, places, image, row, column, channel, inside, OH, OW, C: tl.constexpr, CP: tl.constexpr,
-    STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient for the norm at pixels (row, column): that of each window whose maximum was there."""
+    gradient,
+    places,
+    image,
+    row,
+    column,
+    channel,
+    inside,
+    OH,
+    OW,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient for the norm at pixels (row, column): that of each window whose maximum was
+    there."""
     total = tl.zeros((BLOCK, CP), tl.float32)
     known = (channel >= 0)[None, :] & (channel < C)[None, :]
     for down in tl.static_range((3 + STRIDE - 1) // STRIDE):
@@ -128,13 +159,27 @@ def _gradient_at(
 @_tuned(["C", "H", "W", "STRIDE"])
 @triton.jit
 def _relu_lrn_pool_backward(
-    z, gradient, places, dz, total, H, W, OH, OW, k, alpha,
-    C: tl.constexpr, CP: tl.constexpr, RELU: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    z,
+    gradient,
+    places,
+    dz,
+    total,
+    H,
+    W,
+    OH,
+    OW,
+    k,
+    alpha,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    RELU: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program: the gradient of BLOCK pixels of all C maps.
 
-    dx_c = u_c - 2 alpha beta x_c (t_(c-2) + ... + t_(c+2)) with u = g d^-3/4 and t = u x / d. Each d needs two maps more on
-    either side, so nine shifted reads of z serve all five terms.
+    dx_c = u_c - 2 alpha beta x_c (t_(c-2) + ... + t_(c+2)) with u = g d^-3/4 and t = u x / d. Each
+    d needs two maps more on either side, so nine shifted reads of z serve all five terms.
     """
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, CP)
@@ -169,8 +214,20 @@ def _relu_lrn_pool_backward(
             g = _load(gradient, base, channel + shift, C, inside, False)
         else:
             g = _gradient_at(
-                gradient, places, image, row, column, channel + shift, inside, OH, OW, C, CP, STRIDE, BLOCK
-            )  # fmt: skip
+                gradient,
+                places,
+                image,
+                row,
+                column,
+                channel + shift,
+                inside,
+                OH,
+                OW,
+                C,
+                CP,
+                STRIDE,
+                BLOCK,
+            )
         scaled = g * _power(d)
         spread += scaled * other / d
         if shift == 0:
@@ -183,9 +240,23 @@ def _relu_lrn_pool_backward(
 
 
 @triton.jit
-def _pixel_sum(x, image, row, column, channel, inside, H, W, C: tl.constexpr, CP: tl.constexpr,
-               SIZE: tl.constexpr, SQUARE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The sum of x, or of its squares, over SIZE x SIZE pixels around each; zeros beyond the edge."""
+def _pixel_sum(
+    x,
+    image,
+    row,
+    column,
+    channel,
+    inside,
+    H,
+    W,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    SIZE: tl.constexpr,
+    SQUARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of x, or of its squares, over SIZE x SIZE pixels around each; zeros beyond the
+    edge."""
     total = tl.zeros((BLOCK, CP), tl.float32)
     for i in tl.static_range(SIZE):
         for j in tl.static_range(SIZE):
@@ -198,8 +269,19 @@ def _pixel_sum(x, image, row, column, channel, inside, H, W, C: tl.constexpr, CP
 
 @_tuned(["C", "H", "W"])
 @triton.jit
-def _map_norm_forward(z, out, total, H, W, k, alpha, C: tl.constexpr, CP: tl.constexpr,
-                      SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _map_norm_forward(
+    z,
+    out,
+    total,
+    H,
+    W,
+    k,
+    alpha,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, CP)
     inside = pixel < total
@@ -214,8 +296,20 @@ def _map_norm_forward(z, out, total, H, W, k, alpha, C: tl.constexpr, CP: tl.con
 
 @_tuned(["C", "H", "W"])
 @triton.jit
-def _map_norm_terms(z, gradient, terms, total, H, W, k, alpha, C: tl.constexpr, CP: tl.constexpr,
-                    SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _map_norm_terms(
+    z,
+    gradient,
+    terms,
+    total,
+    H,
+    W,
+    k,
+    alpha,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """First pass of backward: t = g d^-7/4 x in float32."""
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, CP)
@@ -232,8 +326,21 @@ def _map_norm_terms(z, gradient, terms, total, H, W, k, alpha, C: tl.constexpr, 
 
 @_tuned(["C", "H", "W"])
 @triton.jit
-def _map_norm_backward(z, gradient, terms, dz, total, H, W, k, alpha, C: tl.constexpr, CP: tl.constexpr,
-                       SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _map_norm_backward(
+    z,
+    gradient,
+    terms,
+    dz,
+    total,
+    H,
+    W,
+    k,
+    alpha,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Second pass: dx = g d^-3/4 - 2 alpha beta x (sum of t over the pixels around)."""
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, CP)
@@ -252,9 +359,25 @@ def _map_norm_backward(z, gradient, terms, dz, total, H, W, k, alpha, C: tl.cons
 
 @_tuned(["SIZE"])
 @triton.jit
-def _crop(images, tops, mean, color, out, side, mean_side, constant, divisor, scale, SIZE: tl.constexpr,
-          ROWS, MEAN: tl.constexpr, COLOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One program: BLOCK pixels of one image's crop, three colors. `tops` is int32 (3, N): top, left, flip."""
+def _crop(
+    images,
+    tops,
+    mean,
+    color,
+    out,
+    side,
+    mean_side,
+    constant,
+    divisor,
+    scale,
+    SIZE: tl.constexpr,
+    ROWS,
+    MEAN: tl.constexpr,
+    COLOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK pixels of one image's crop, three colors. `tops` is int32 (3, N): top,
+    left, flip."""
     image = tl.program_id(1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < SIZE * SIZE
@@ -285,7 +408,8 @@ def _grid(total: int) -> Callable[[dict[str, int]], tuple[int]]:
 def forward(
     z: Tensor, k: float, alpha: float, relu: bool, stride: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The norm of z (N, C, H, W), channels-last, after a ReLU if `relu`; pooled 3x3 every `stride` pixels if that is not 0.
+    """The norm of z (N, C, H, W), channels-last, after a ReLU if `relu`; pooled 3x3 every `stride`
+    pixels if that is not 0.
 
     Returns also the place 0 to 8 of each maximum in its window, uint8, if pooled.
     """
@@ -299,9 +423,22 @@ def forward(
     total = images * rows * columns
     if total:
         _relu_lrn_pool_forward[_grid(total)](
-            z, out, out if places is None else places, total, height, width, rows, columns, k, alpha,
-            C=maps, CP=triton.next_power_of_2(maps), RELU=relu, STRIDE=stride, **_block(),
-        )  # fmt: skip
+            z,
+            out,
+            out if places is None else places,
+            total,
+            height,
+            width,
+            rows,
+            columns,
+            k,
+            alpha,
+            C=maps,
+            CP=triton.next_power_of_2(maps),
+            RELU=relu,
+            STRIDE=stride,
+            **_block(),
+        )
     return out, places
 
 
@@ -314,16 +451,31 @@ def backward(
     relu: bool,
     stride: int,
 ) -> Tensor:
-    """The gradient for z, channels-last, from that for the result of `forward`, channels-last too."""
+    """The gradient for z, channels-last, from that for the result of `forward`, channels-last
+    too."""
     images, maps, height, width = z.shape
     rows, columns = gradient.shape[2:]
     dz = torch.empty_like(z, memory_format=torch.channels_last)
     total = images * height * width
     if total:
         _relu_lrn_pool_backward[_grid(total)](
-            z, gradient, gradient if places is None else places, dz, total, height, width, rows, columns,
-            k, alpha, C=maps, CP=triton.next_power_of_2(maps), RELU=relu, STRIDE=stride, **_block(),
-        )  # fmt: skip
+            z,
+            gradient,
+            gradient if places is None else places,
+            dz,
+            total,
+            height,
+            width,
+            rows,
+            columns,
+            k,
+            alpha,
+            C=maps,
+            CP=triton.next_power_of_2(maps),
+            RELU=relu,
+            STRIDE=stride,
+            **_block(),
+        )
     return dz
 
 
@@ -333,9 +485,18 @@ def map_norm_forward(z: Tensor, size: int, k: float, alpha: float) -> Tensor:
     out = torch.empty_like(z, memory_format=torch.channels_last)
     if total := images * height * width:
         _map_norm_forward[_grid(total)](
-            z, out, total, height, width, k, alpha,
-            C=maps, CP=triton.next_power_of_2(maps), SIZE=size, **_block(),
-        )  # fmt: skip
+            z,
+            out,
+            total,
+            height,
+            width,
+            k,
+            alpha,
+            C=maps,
+            CP=triton.next_power_of_2(maps),
+            SIZE=size,
+            **_block(),
+        )
     return out
 
 
@@ -365,21 +526,36 @@ def crop(
     divisor: float = 1.0,
     scale: float = 1.0,
 ) -> Tensor:
-    """((crop of images - mean - constant) + color) / divisor / scale: (N, 3, size, size), channels-last, of type `dtype`.
+    """((crop of images - mean - constant) + color) / divisor / scale: (N, 3, size, size),
+    channels-last, of type `dtype`.
 
-    `images`: uint8 (N, 3, side, side), contiguous. `places`: int32 (3, N) of top, left and flip, on the device. `mean`: float32
-    (3, side, side), cut and mirrored as the image is (`aligned`), or (3, size, size), subtracted as it is. `color`: float32
-    (N, 3), in gray levels.
+    `images`: uint8 (N, 3, side, side), contiguous. `places`: int32 (3, N) of top, left and flip, on
+    the device. `mean`: float32 (3, side, side), cut and mirrored as the image is (`aligned`), or
+    (3, size, size), subtracted as it is. `color`: float32 (N, 3), in gray levels.
     """
     out = torch.empty(
-        (len(images), 3, size, size), dtype=dtype, device=images.device, memory_format=torch.channels_last
-    )  # fmt: skip
+        (len(images), 3, size, size),
+        dtype=dtype,
+        device=images.device,
+        memory_format=torch.channels_last,
+    )
     if out.numel():
         unused = places  # a pointer that is not read
         _crop[lambda meta: (triton.cdiv(size * size, meta["BLOCK"]), len(images))](
-            images, places, unused if mean is None else mean, unused if color is None else color, out,
-            images.shape[-1], 0 if mean is None else mean.shape[-1], constant, divisor, scale, SIZE=size,
-            ROWS=len(images), MEAN=0 if mean is None else 1 if aligned else 2, COLOR=color is not None,
+            images,
+            places,
+            unused if mean is None else mean,
+            unused if color is None else color,
+            out,
+            images.shape[-1],
+            0 if mean is None else mean.shape[-1],
+            constant,
+            divisor,
+            scale,
+            SIZE=size,
+            ROWS=len(images),
+            MEAN=0 if mean is None else 1 if aligned else 2,
+            COLOR=color is not None,
             **({"BLOCK": 1024} if INTERPRETED else {}),
-        )  # fmt: skip
+        )
     return out

@@ -164,6 +164,8 @@ class Collectives:
         dist.broadcast_object_list(outcome, src=0, group=self.no_timeout_group)
         result, kind, message = outcome[0]
         if kind is not None:
+            # Rank 0 would end at once, and its connections with it, before the others have read.
+            self.gather_no_timeout(None)
             raise kind(message)
         return result  # type: ignore[no-any-return]  # rank 0's, of the type that `work` returns
 

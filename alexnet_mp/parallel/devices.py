@@ -17,12 +17,16 @@ _pinned: tuple[list[int], list[int]] | None = None
 """The affinity that this process had before `set_threads` narrowed it, and the narrowed one."""
 
 
-def choose_device(asked: str, environment: Environment) -> torch.device:
+def choose_device(asked: str = "auto", environment: Environment | None = None) -> torch.device:
     """This rank's device: its own GPU, the GPU that all share, MPS for a single rank, or the CPU.
 
-    ValueError if the asked one is missing, if there are fewer GPUs than ranks (but for one, which
-    all may share), or if this build of torch has no kernels for the GPU.
+    Without `environment` there is one rank. ValueError if the asked device is missing, if there are
+    fewer GPUs than ranks (but for one, which all may share), or if this build of torch has no
+    kernels for the GPU.
+
+        device = choose_device("auto")  # CUDA, else Apple's MPS, else the CPU
     """
+    environment = environment or Environment()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cuda" and not count:
         raise ValueError(

@@ -177,6 +177,9 @@ class GroupLink:
     for what travels, but for logits, of which every rank must have the same sum; None: as it is.
 
     Gradients through a link can be taken once: a second derivative over ranks raises RuntimeError.
+
+        link = GroupLink(dist.group.WORLD)  # on both ranks, each with a column
+        half = AlexNet(preset("paper").model, columns=(dist.get_rank(),), link=link)
     """
 
     def __init__(

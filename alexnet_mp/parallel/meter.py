@@ -27,6 +27,11 @@ class Meter:
     beginning of the wait: that part of the exchange has no work beside it, the rest is hidden. Both
     are read off the host's clock. NCCL lets the GPU wait instead of the host; to see that, set
     `times_device`, and call `resolve_device_times` where the device has been synchronized.
+
+        meter = Meter()
+        half = AlexNet(config, (rank,), GroupLink(group, meter))
+        half(images)
+        meter.total_values("conv3", "forward", "training") / len(images)  # 21,632 in paper
     """
 
     def __init__(self) -> None:

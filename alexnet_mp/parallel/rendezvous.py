@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import queue
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -72,16 +74,36 @@ def rendezvous(environment: Environment, timeout: float) -> Store:
 
 
 def _connect(environment: Environment, timeout: float, master: bool) -> Store:
-    store = cast(Any, dist).TCPStore(  # torch's types lack it
-        environment.address,
-        environment.port,
-        environment.world_size,
-        is_master=master,
-        timeout=timedelta(seconds=timeout),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-    return prefixed(f"alexnet_mp/{restarts()}", store)
+    """Opens or joins the store. RuntimeError where that takes longer than `timeout` seconds.
+
+    torch waits without a limit for the first answer, which never comes if another program has the
+    port. So a thread waits for it.
+    """
+    answer: queue.Queue[Any] = queue.Queue()
+
+    def connect() -> None:
+        try:
+            store = cast(Any, dist).TCPStore(  # torch's types lack it
+                environment.address,
+                environment.port,
+                environment.world_size,
+                is_master=master,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            answer.put(store)
+        except Exception as error:
+            answer.put(error)
+
+    threading.Thread(target=connect, name="rendezvous", daemon=True).start()
+    try:
+        found = answer.get(timeout=timeout + 1)
+    except queue.Empty:
+        raise RuntimeError("another program seems to have this port") from None
+    if isinstance(found, Exception):
+        raise found
+    return prefixed(f"alexnet_mp/{restarts()}", found)
 
 
 def prefixed(prefix: str, store: Store) -> Store:

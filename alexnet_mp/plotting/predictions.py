@@ -120,7 +120,14 @@ def draw_samples(
     path: str | Path | None = None,
     per_row: int = 8,
 ) -> Figure:
-    """Draws a grid of images and their class names. Raises ValueError if there are no images."""
+    """Draws a grid of images and their class names, and saves it where `path` is given.
+
+    `images` are uint8 (N, 3, side, side), `labels` class numbers (N,). Raises ValueError if there
+    are no images.
+
+        images, labels = splits.train.gather(range(16)), splits.train.labels[:16]
+        draw_samples(images, torch.as_tensor(labels), splits.train.classes, "samples.png")
+    """
     side = 1.25
     page, places = grid_page(
         len(images), per_row, side + 0.12, side + 0.3, "Training images and their classes"

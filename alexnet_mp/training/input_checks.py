@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from alexnet_mp.data import Splits, Store
 from alexnet_mp.model.alexnet import AlexNet
+from alexnet_mp.model.image_check import check_images
 from alexnet_mp.parallel.context import ParallelContext
 
 WANTED = "(images, labels) is needed"
@@ -157,37 +158,16 @@ def our_network(model: nn.Module) -> AlexNet | None:
     return model if is_ours else None
 
 
-def check_images(images: Tensor, loader: str, model: nn.Module) -> None:
-    """ValueError where images are not what our own network takes: floating point (N, 3, S, S)."""
-    network = our_network(model)
-    if network is None:
-        return
-    side = network.config.image_size
-    if images.ndim != 4 or images.shape[1] != 3:
-        channels = images.shape[1] if images.ndim == 4 else 0
-        hint = {1: "; repeat a gray channel three times", 4: "; leave out the alpha channel"}
-        raise ValueError(
-            f"the {loader} loader's images are {tuple(images.shape)}, not (images, 3 channels, {side}, "
-            f"{side}){hint.get(channels, '')}"
-        )
-    if tuple(images.shape[2:]) != (side, side):
-        raise ValueError(
-            f"the {loader} loader's images are {images.shape[2]}x{images.shape[3]} pixels; this network "
-            f"takes {side}x{side}: resize them, or make the network with another image size (--image-size)"
-        )
-    if not images.dtype.is_floating_point:
-        raise ValueError(
-            f"the {loader} loader's images are {images.dtype}; floating point is needed (torchvision's "
-            "ToTensor, or .float())"
-        )
-
-
 def check_batch(batch: Any, loader: str, model: nn.Module, criterion: Any = None) -> None:
     """ValueError where `batch` is not one that `model` can take, as far as that can be told without running it."""
     images, labels, *_ = unpack_batch(batch, loader)
     if not len(images):
         return
-    check_images(images, loader, model)
+    if network := our_network(model):
+        try:
+            check_images(images, network.config)
+        except ValueError as error:
+            raise ValueError(f"the {loader} loader's {error}") from None
     classes = known_classes(model)
     if classes is not None:
         check_labels(labels, classes, loader, criterion)

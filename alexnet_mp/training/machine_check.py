@@ -1,6 +1,7 @@
 """Will this machine train two columns, and how fast? Measurements for the command `check`.
 
-Each function measures one thing on all ranks and returns rows; rank 0's rows are shown. Start with `run_checks`.
+Each function measures one thing on all ranks and returns rows; rank 0's rows are shown. Start with
+`run_checks`.
 """
 
 from __future__ import annotations
@@ -190,8 +191,8 @@ def small_config() -> ModelConfig:
 def crossings(context: ParallelContext) -> Iterator[Row]:
     """Compares each crossing, forward and backward, with one device that holds all columns.
 
-    Every rank also computes the whole network by itself, on the same batch. A crossing that sends a wrong gradient shows as a
-    ratio that is not 1 in the layer below it.
+    Every rank also computes the whole network by itself, on the same batch. A crossing that sends a
+    wrong gradient shows as a ratio that is not 1 in the layer below it.
     """
     for precision in precisions(context):
         rows = _compare_gradients(context, precision)
@@ -227,7 +228,9 @@ def _compare_gradients(context: ParallelContext, precision: str) -> list[dict[st
         keys = dropout_keys(0, 0, torch.arange(len(images), device=context.device))
         with autocast(context.device, precision if precision != "fp64" else "fp32"):
             outputs = network(images, keys)
-        F.cross_entropy(outputs.float() if precision != "fp64" else outputs, labels).backward()
+        torch.autograd.backward(
+            F.cross_entropy(outputs.float() if precision != "fp64" else outputs, labels)
+        )
         gradients.append(
             network.canonical(lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
         )
@@ -268,7 +271,8 @@ def _error(
 
 
 def training_steps(context: ParallelContext) -> Iterator[Row]:
-    """Trains the small network for some steps with dropout, split and whole, and compares weights."""
+    """Trains the small network for some steps with dropout, split and whole, and compares
+    weights."""
     config = small_config()
     networks = _networks(context, config)
     images, labels = _batch(context, config, 12, networks[0])
@@ -277,7 +281,7 @@ def training_steps(context: ParallelContext) -> Iterator[Row]:
         for step in range(STEPS):
             optimizer.zero_grad()
             keys = dropout_keys(0, step, torch.arange(len(images), device=context.device))
-            F.cross_entropy(network(images, keys), labels).backward()
+            torch.autograd.backward(F.cross_entropy(network(images, keys), labels))
             optimizer.step()
     weights = [network.canonical(lambda p: p.detach()) for network in networks]
     mine = max(
@@ -321,7 +325,8 @@ def link(context: ParallelContext) -> Iterator[Row]:
 
 
 def speed(context: ParallelContext, seconds: float) -> Iterator[Row]:
-    """Images/s of training on all ranks and on one, and the share of a step that the exchange exposes."""
+    """Images/s of training on all ranks and on one, and the share of a step that the exchange
+    exposes."""
     config, batch, precision = _timed_training(context)
     together, exposed = _train_for(context, seconds, config, batch, precision, whole=False)
     alone = 0.0
@@ -368,7 +373,7 @@ def _train_for(
         with autocast(context.device, precision):
             keys = dropout_keys(0, step, torch.arange(batch, device=context.device))
             loss = F.cross_entropy(network(images, keys), labels)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         if step < 2:
             continue
@@ -391,7 +396,8 @@ def _networks(
     split = context.build_model(config, 0) if only != "whole" else None
     whole = None
     if only != "split":
-        whole = AlexNet(config, seed=0).to(context.device, memory_format=torch.channels_last)
+        whole = AlexNet(config, seed=0).to(context.device)
+        whole = whole.to(memory_format=torch.channels_last)
     return split or whole, whole or split  # type: ignore[return-value]  # one of them exists
 
 

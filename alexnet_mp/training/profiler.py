@@ -1,6 +1,6 @@
 """Where a training step's time goes: `--profile` watches the first steps of a run from outside and traces a few more.
 
-Nothing in the loop knows of it: the loader is wrapped, the optimizer has hooks, the meter has counted what waited for a peer.
+The loop does not know of it: the loader is wrapped, the optimizer has hooks, the meter counts the waits for a peer.
 """
 
 from __future__ import annotations
@@ -18,31 +18,35 @@ import torch
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.meter import TRAINING
 
-WARM_UP, TIMED, TRACED = (
-    3,
-    10,
-    3,
-)  # steps; a trace slows what it sees, so times are of the steps before it
+# Steps. A trace slows the steps that it sees, so times are of the steps before it.
+WARM_UP, TIMED, TRACED = 3, 10, 3
+
+_END = object()
 
 
 @dataclass
 class Times:
-    """Seconds of one step on one rank; all but `hidden` add up to `step`."""
+    """Seconds of one step on one rank. All but `hidden`, which lies inside `compute`, add up to `step`."""
 
     step: float
     compute: float  # forward, backward, and all that is not named here
     exposed: float  # waiting for the peers' activations and gradients
-    hidden: float  # on the way while the rank computed
-    flags: float  # waiting for what all ranks must agree on
+    hidden: float  # these were on the way while the rank computed
+    flags: float  # waiting for the other ranks' flags
     input: float  # waiting for the next batch
     optimizer: float
 
 
 class Profiler:
-    """Times `TIMED` steps after a warm-up, then traces `TRACED`; `report` is for all ranks together."""
+    """Times `TIMED` steps after a warm-up, then traces `TRACED`; `report` is for all ranks together.
+
+    On CUDA it waits for the device wherever a part of a step begins or ends; otherwise one part's work would be found in the
+    next part's time.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, context: ParallelContext) -> None:
         self.context, self.meter, self.device = context, context.meter, context.device
+        self.meter.times_device = self.device.type == "cuda"
         self.times: list[Times] = []
         self.steps, self.input, self.optimizer_began = 0, 0.0, 0.0
         self.trace: torch.profiler.profile | None = None
@@ -51,89 +55,82 @@ class Profiler:
             optimizer.register_step_pre_hook(self._before_update),
             optimizer.register_step_post_hook(self._after_update),
         ]
-        self._mark()
+        self._begin_step()
 
     def watching(self, loader: Any) -> WatchedLoader:
-        """`loader`, the time that is spent waiting for its batches counted."""
+        """`loader`, with the time that is spent waiting for its batches counted."""
         return WatchedLoader(loader, self)
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(
-                self.device
-            )  # otherwise one part's work would be found in the next part's time
+    def now(self) -> float:
+        """Seconds, after all that the device was given to do."""
+        if self.hooks and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _mark(self) -> None:
-        """A step begins."""
-        self.began, self.input = self._now(), 0.0
-        self.exposed_seconds, self.flags, self.in_flight_seconds = (
-            self.meter.exposed_seconds[TRAINING],
-            self.meter.exposed_seconds["control"],
-            self.meter.in_flight_seconds[TRAINING],
-        )
+    def _begin_step(self) -> None:
+        self.began, self.input = self.now(), 0.0
+        self.meter.resolve_device_times()
+        self.exposed = self.meter.exposed_seconds[TRAINING]
+        self.flags = self.meter.exposed_seconds["control"]
+        self.in_flight = self.meter.in_flight_seconds[TRAINING]
 
     def _before_update(self, *_: Any) -> None:
-        self.optimizer_began = self._now()
+        self.optimizer_began = self.now()
 
     def _after_update(self, *_: Any) -> None:
-        """A step ends: note it, and begin or end the trace where its turn has come."""
-        now, self.steps = self._now(), self.steps + 1
+        """A step ends: notes it, and begins or ends the trace where its turn has come."""
+        now, self.steps = self.now(), self.steps + 1
+        self.meter.resolve_device_times()
         if WARM_UP < self.steps <= WARM_UP + TIMED:
-            exposed, flags = (
-                self.meter.exposed_seconds[TRAINING] - self.exposed_seconds,
-                self.meter.exposed_seconds["control"] - self.flags,
-            )
-            hidden = self.meter.in_flight_seconds[TRAINING] - self.in_flight_seconds - exposed
-            step, optimizer = now - self.began, now - self.optimizer_began
-            self.times.append(
-                Times(
-                    step,
-                    step - exposed - flags - self.input - optimizer,
-                    exposed,
-                    hidden,
-                    flags,
-                    self.input,
-                    optimizer,
-                )
-            )
+            self.times.append(self._times(now))
         if self.steps == WARM_UP + TIMED:
-            activities = [torch.profiler.ProfilerActivity.CPU] + [
-                torch.profiler.ProfilerActivity.CUDA
-            ] * (self.device.type == "cuda")
-            os.environ.setdefault(
-                "KINETO_LOG_LEVEL", "5"
-            )  # it complains of a missing GPU on every CPU
+            # It complains of a missing GPU on every CPU.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
             self.trace = torch.profiler.profile(activities=activities)
             self.trace.start()
         elif self.steps == WARM_UP + TIMED + TRACED:
             self._end()
-        self._mark()
+        self._begin_step()
+
+    def _times(self, now: float) -> Times:
+        """The parts of the step that ends `now`."""
+        exposed = self.meter.exposed_seconds[TRAINING] - self.exposed
+        flags = self.meter.exposed_seconds["control"] - self.flags
+        hidden = self.meter.in_flight_seconds[TRAINING] - self.in_flight - exposed
+        step, optimizer = now - self.began, now - self.optimizer_began
+        compute = step - exposed - flags - self.input - optimizer
+        return Times(step, compute, exposed, hidden, flags, self.input, optimizer)
 
     def _end(self) -> None:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+        self.meter.times_device = False
         if self.trace is not None and not self.traced:
             self.trace.stop()
             self.traced = True
 
     def report(self, folder: Path) -> str:
-        """Writes this rank's trace into `folder`; the table of all ranks' steps, or why there is none. Every rank calls it."""
+        """Writes this rank's trace into `folder`; returns the table of all ranks' steps, or why there is none. Every rank calls it."""
         self._end()
         ranks = [
             [Times(*values) for values in times]
             for times in self.context.gather([astuple(times) for times in self.times])
         ]
         if not ranks[0]:
-            return f"--profile: nothing to show, the run had {self.steps} steps and {WARM_UP} warm up; more need --epochs or --max-steps"
+            return (
+                f"--profile: nothing to show, the run had {self.steps} steps and {WARM_UP} warm up; more "
+                "need --epochs or --max-steps"
+            )
+        if self.trace is None or not self.traced:
+            return f"{table(ranks)}\nno trace: that takes {WARM_UP + TIMED + TRACED} steps"
         name = "trace.json" if self.context.is_rank0 else f"trace-rank{self.context.rank}.json"
-        if self.traced:
-            self.trace.export_chrome_trace(str(folder / name))
-        return table(ranks) + (
-            "\ntrace in trace.json, for chrome://tracing or https://ui.perfetto.dev"
-            if self.traced
-            else f"\nno trace: that takes {WARM_UP + TIMED + TRACED} steps"
+        self.trace.export_chrome_trace(str(folder / name))
+        return (
+            f"{table(ranks)}\ntrace in trace.json, for chrome://tracing or https://ui.perfetto.dev"
         )
 
 
@@ -152,30 +149,34 @@ class WatchedLoader:
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
         while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self.profiler.input += time.perf_counter() - asked
-            if batch is None:
+            asked = self.profiler.now()
+            batch = next(batches, _END)
+            self.profiler.input += self.profiler.now() - asked
+            if batch is _END:
                 return
             yield batch
 
 
 def table(ranks: list[list[Times]]) -> str:
-    """Milliseconds per step of the main rank, then medians of every rank, then each part's share of the main rank's median step."""
+    """Milliseconds per step of rank 0, then medians of every rank, then each part's share of rank 0's median step."""
     names = [field.name for field in fields(Times)]
-    lines = ["milliseconds".ljust(16) + "".join(name.rjust(11) for name in names)]
+    lines = [
+        "The exchange is exposed while a rank waits for it, and hidden while the rank computes: hidden lies "
+        "inside compute,",
+        "the other parts add up to a step.",
+        "milliseconds".ljust(16) + "".join(name.rjust(11) for name in names),
+    ]
     lines += [line(f"step {WARM_UP + 1 + i}", times) for i, times in enumerate(ranks[0])]
     medians = [
         Times(*(statistics.median(values) for values in zip(*map(astuple, times), strict=True)))
         for times in ranks
     ]
     lines += [line(f"median, rank {rank}", times) for rank, times in enumerate(medians)]
-    lines.append(
-        "share of a step".ljust(16)
-        + "".join(f"{value / medians[0].step:11.1%}" for value in astuple(medians[0]))
-    )
+    shares = (value / medians[0].step for value in astuple(medians[0]))
+    lines.append("share of a step".ljust(16) + "".join(f"{share:11.1%}" for share in shares))
     return "\n".join(lines)
 
 
 def line(name: str, times: Times) -> str:
+    """One row of the table."""
     return name.ljust(16) + "".join(f"{1e3 * value:11.2f}" for value in astuple(times))

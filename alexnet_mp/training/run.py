@@ -289,7 +289,7 @@ class Run:
             "precision": self.config.run.precision,
             "validation": self.validation,
             "exchange": run_messages.exchange(
-                context, trainer, self.config.model.crossings, self.test_loader.images
+                context, trainer, self.config.model.exchanges, self.test_loader.images
             ),
         }
         context.run_on_rank0(lambda: folder.write_result(result))

@@ -22,6 +22,12 @@ class EarlyStopping:
 
     Call it with the loss after each epoch; `early_stop` says whether to stop. An improvement lowers the best loss
     by at least `delta`, and by more than nothing: an equal loss is none. An improvement resets the count.
+
+        stopping = EarlyStopping(patience=7)
+        for loss in val_losses:
+            stopping(loss)
+            if stopping.early_stop:
+                break
     """
 
     def __init__(self, patience: int = 7, verbose: bool = False, delta: float = 0) -> None:

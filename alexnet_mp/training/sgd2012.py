@@ -20,6 +20,8 @@ class SGD2012(torch.optim.Optimizer):
     torch.optim.SGD keeps lr outside its buffer: equal at a constant lr, but after a drop the 2012 velocity keeps steps
     of the old size for about ten iterations. A group whose lr is 0 is frozen: no step, no decay, the velocity kept,
     as in the 2012 source. `gradient` is the mean over the minibatch. Raises ValueError for a negative setting.
+
+        optimizer = SGD2012(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
     """
 
     def __init__(

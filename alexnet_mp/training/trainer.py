@@ -85,6 +85,10 @@ class Trainer:
     command_line: hints name the flags of the command line.
 
     `train_losses`, `val_losses` (means over images) and `gradient_norms` (means over steps) have one entry per epoch.
+
+        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, "cpu", patience=7)
+        trainer.train(train_loader, val_loader, epochs=50)
+        trainer.evaluate(test_loader), trainer.accuracy(test_loader)  # mean loss, fraction of 1
     """
 
     def __init__(

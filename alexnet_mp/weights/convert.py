@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alexnet_mp.config import Config
-from alexnet_mp.weights import checkpoint_file, safetensors_file, torch_file
+from alexnet_mp.weights import (
+    caffe,
+    caffe_tensorflow,
+    checkpoint_file,
+    onnx_file,
+    safetensors_file,
+    torch_file,
+)
 from alexnet_mp.weights.network_file import NetworkFile
 
 
@@ -43,6 +50,11 @@ FORMATS: dict[str, Format] = {
     ),
     "torchvision": Format(
         "torchvision's state dict", torch_file.read_torchvision, torch_file.write_torchvision
+    ),
+    "onnx": Format("an ONNX model", onnx_file.read, onnx_file.write, ".onnx"),
+    "caffe": Format("a .caffemodel", caffe.read, caffe.write, ".caffemodel"),
+    "npy": Format(
+        "a .npy of caffe-tensorflow", caffe_tensorflow.read, caffe_tensorflow.write, ".npy"
     ),
 }
 
@@ -99,6 +111,13 @@ def detect(path: Path) -> str:
         return _kind_of_torch_file(path)
     if start[8:9] == b"{" and 0 < int.from_bytes(start[:8], "little") < path.stat().st_size:
         return "safetensors"
+    if start.startswith(caffe_tensorflow.MAGIC):
+        return "npy"
+    content = path.read_bytes()
+    if onnx_file.is_onnx(content):  # first: a field of it looks like Caffe's layers
+        return "onnx"
+    if caffe.is_caffe(content):
+        return "caffe"
     if start.startswith(b"\x80\x02"):
         raise ValueError(
             f"{path}: a file of torch before version 1.6; save it anew with torch.save("

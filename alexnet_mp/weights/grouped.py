@@ -20,8 +20,8 @@ from alexnet_mp.config import LAYERS, Config, ModelConfig
 READERS = {"conv5": "fc6", "fc6": "fc7", "fc7": "fc8"}
 """The layer that reads the output of each layer that may be followed by dropout."""
 CONVOLUTIONS = {"conv1": 11, "conv2": 5, "conv3": 3, "conv4": 3, "conv5": 3}
-IMAGE_SIZES = (227, 224, 163, 160, 131, 128, 99, 96, 67, 64)
-"""Sizes at which no row is left over at any layer, without and with three pixels of padding."""
+IMAGE_SIZES = {0: (227, 163, 131, 99, 67), 3: (224, 160, 128, 96, 64)}
+"""By the pixels of padding, the image sizes at which no row is left over at any layer."""
 
 
 def to_grouped(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -197,7 +197,8 @@ def config_for(base: Config, shapes: Mapping[str, tuple[int, ...]], path: Path) 
     """
     fields = architecture(shapes, path)
     spatial = fields.pop("spatial")
-    for size in (base.model.image_size, *IMAGE_SIZES):
+    padding = sum(base.model.conv1_padding[:2])
+    for size in (base.model.image_size, *IMAGE_SIZES.get(padding, (224, 227))):
         try:
             config = base.with_fields(**fields, image_size=size)
         except ValueError:  # too small an image for this network

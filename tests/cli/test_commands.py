@@ -1,6 +1,7 @@
 """`python -m alexnet_mp COMMAND`, the scripts in launch/, and what messages call the command."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,11 +119,14 @@ def test_inside_its_folder_a_script_is_named_without_it(monkeypatch) -> None:
     assert command.typed_command("pack") == "python pack.py"
 
 
-def test_the_public_names_are_there_and_importing_the_package_is_cheap() -> None:
-    assert all(
-        getattr(alexnet_mp, name).__doc__ for name in alexnet_mp.__all__ if name != "PRESETS"
-    )
-    assert set(alexnet_mp._MODULE_OF) == set(alexnet_mp.__all__)
+@pytest.mark.parametrize("name", sorted({*alexnet_mp.__all__} - {"PRESETS"}))
+def test_a_public_name_has_a_docstring_with_an_example(name: str) -> None:
+    text = getattr(alexnet_mp, name).__doc__
+    assert re.search(r"^( {8}|    >>> )\S", text, re.MULTILINE), text
+
+
+def test_importing_the_package_is_cheap_and_every_public_name_is_found() -> None:
+    assert set(alexnet_mp._MODULE_OF) == set(alexnet_mp.__all__) <= set(dir(alexnet_mp))
     code = "import sys, alexnet_mp; alexnet_mp.preset('demo'); print({'torch', 'tyro', 'matplotlib'} & {*sys.modules})"
     code += "\nalexnet_mp.Trainer; print('matplotlib' in sys.modules)"
     assert start([sys.executable, "-c", code]).stdout.split("\n")[:2] == ["set()", "False"]

@@ -11,7 +11,8 @@ from commands import TORCHRUN, own_lines, start
 from PIL import Image
 
 from alexnet_mp import preset
-from alexnet_mp.cli.parser import UsageError, parse_evaluate, parse_predict
+from alexnet_mp.cli.flags import UsageError
+from alexnet_mp.cli.parser import parse_evaluate, parse_predict
 from alexnet_mp.config.arguments import Networks, PredictRequest
 from alexnet_mp.data import load
 from alexnet_mp.inference.ensemble import EnsembleRunner

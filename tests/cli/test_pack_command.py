@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from image_sets import make_folder
 
-from alexnet_mp.cli.parser import UsageError, parse_pack
+from alexnet_mp.cli.flags import UsageError
+from alexnet_mp.cli.parser import parse_pack
 from alexnet_mp.data import Store
 
 ROOT = Path(__file__).resolve().parents[2]

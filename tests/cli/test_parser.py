@@ -1,13 +1,16 @@
 """The command line: every field is a flag, every mistake one line that names it."""
 
+import copy
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from alexnet_mp import PRESETS, Config, preset
-from alexnet_mp.cli.parser import UsageError, parse_train
+from alexnet_mp.cli.flags import UsageError
+from alexnet_mp.cli.parser import _refuse_changes, parse_train
 from alexnet_mp.training import checkpoint
 
 
@@ -61,7 +64,7 @@ def test_every_field_has_its_flag_in_the_help(capsys) -> None:
     [
         (["--learning-rate", "1"], "--learning-rate"),
         (["--epochs", "abc"], "'abc'"),
-        (["--preset", "papr"], "papr.*demo, paper"),
+        (["--preset", "papr"], "papr.*demo, .*paper"),
         (["--data", "mnist"], "'mnist'.*fashion-mnist"),
         (["--image-size", "60"], "60.*smallest that works is 67"),
         (["--lr", "-1"], "--lr -1"),
@@ -237,3 +240,24 @@ def test_a_configuration_survives_its_dictionary() -> None:
         assert Config.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="not a configuration of this version"):
         Config.from_dict({"preset": "demo"})
+
+
+def test_a_resumed_run_may_change_these_fields_and_no_others() -> None:
+    stored, free = preset("demo"), set()
+    fields = [
+        (part, field.name)
+        for part in ("model", "data", "recipe")
+        for field in dataclasses.fields(getattr(stored, part))
+    ]
+    for part, name in [*fields, ("run", "seed"), ("run", "precision")]:
+        changed = copy.deepcopy(stored)
+        object.__setattr__(getattr(changed, part), name, "another")
+        refusal = ""
+        try:
+            _refuse_changes(changed, stored, Path("last.pt"))
+            free.add(name)
+        except UsageError as error:
+            refusal = str(error)
+        words = f"--{name.replace('_', '-')} another: last.pt was trained with"
+        assert name in free or words in refusal
+    assert free == {"epochs", "max_steps", "patience", "delta", "data_dir", "cache_dir"}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from ranks import run
 
+from alexnet_mp.cli import train
 from alexnet_mp.cli.process import STOPPING, Signals, refuse_several_ranks, survive_lost_screen
 
 
@@ -101,3 +102,15 @@ def test_one_process_commands_are_refused_under_torchrun(monkeypatch) -> None:
         refuse_several_ranks("pack")
     monkeypatch.setenv("WORLD_SIZE", "1")
     refuse_several_ranks("pack")
+
+
+@pytest.mark.parametrize(("stopped", "code"), [(True, 143), (False, 0)])
+def test_a_training_that_was_stopped_has_the_exit_code_of_a_signal(
+    monkeypatch, stopped: bool, code: int
+) -> None:
+    def run(config, install_signals) -> dict:
+        return {"stopped": True, "out": "run"} if stopped else {"top1": 1.0}
+
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "survive_lost_screen", lambda: None)
+    assert train.train([]) == code

@@ -82,6 +82,8 @@ FREE = {
     "deviations",
     "color_order",
     "resize",
+    "layer2_order",
+    "lrn_across_columns",
 }
 
 
@@ -148,6 +150,25 @@ def test_the_demo_has_the_papers_kernels_hidden_units_and_crossings() -> None:
     assert {name: fields("demo")[name] for name in same} == {
         name: fields("paper")[name] for name in same
     }
+
+
+def test_photos_is_the_demo_with_crops_and_flips_at_a_larger_size() -> None:
+    assert differences("photos", "demo") == {
+        "data": "folder",
+        "image_size": 131,
+        "random_crop": True,
+        "flip": True,
+        "epochs": 60,
+    }
+
+
+def test_photos_leaves_no_row_over_at_any_convolution_or_pool() -> None:
+    model = preset("photos").model
+    side = model.image_size
+    assert (side - 11) % 4 == 0
+    for layer in ("conv1", "conv2", "conv5"):
+        height, _ = model.map_sizes()[layer]
+        assert (height - model.pool_size) % model.pool_stride == 0
 
 
 def test_the_four_layer_net_is_cuda_convnets_without_its_normalization_and_decay() -> None:

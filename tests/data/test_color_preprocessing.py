@@ -26,7 +26,7 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
 @pytest.mark.parametrize("deviations", [(1.0, 1.0, 1.0), DEVIATIONS])
-def test_each_color_loses_its_own_mean_and_is_divided_by_its_own_deviation(
+def test_each_color_has_its_own_mean_and_deviation(
     order: str, deviations: tuple[float, float, float]
 ) -> None:
     made = augment(mean="values", mean_values=MEANS, deviations=deviations, color_order=order)

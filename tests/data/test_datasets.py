@@ -1,17 +1,29 @@
-"""Generated and downloaded sets: the same for every rank, made once, and told in one line where they cannot be had."""
+"""Drawn and downloaded sets are made once, the same for every rank; else one line says why."""
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from image_sets import levels, make_folder
+from image_sets import levels, make_folder, random_store
 from ranks import process_group, run
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import downloads, folder_cache, load, load_split, store_format, synthetic
+from alexnet_mp.data import (
+    Store,
+    datasets,
+    downloads,
+    folder_cache,
+    load,
+    load_split,
+    store_format,
+    synthetic,
+)
+from alexnet_mp.data.source import Request
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -80,7 +92,7 @@ def test_one_split_of_the_shapes_draws_only_that_one(few_shapes: None, cache: Pa
     )
 
 
-def test_no_two_images_of_the_shapes_are_alike_within_or_between_the_splits(
+def test_no_two_images_of_the_shapes_are_alike_in_any_split(
     few_shapes: None,
 ) -> None:
     splits = load(DataConfig(), 0, side=32)
@@ -142,7 +154,7 @@ def test_offline_cifar_10_is_one_line_with_the_way_out(
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
     with pytest.raises(
         ValueError,
-        match=r"--data-dir .*cifar: .*https://.*cifar-10-python.tar.gz.*name resolution.*put cifar-10-python",
+        match=r"--data-dir .*cifar: .*https://.*cifar-10-python.tar.gz.*resolution.*put cifar-10",
     ) as caught:
         load(DataConfig(data="cifar10", data_dir=str(tmp_path / "cifar")), 0)
     assert "\n" not in str(caught.value)
@@ -241,7 +253,7 @@ def test_offline_fashion_mnist_is_one_line_with_the_way_out(
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
     with pytest.raises(
         ValueError,
-        match=r"--data-dir .*cannot be downloaded.*apt-get install dataset-fashion-mnist, or use --data shapes",
+        match=r"--data-dir .*cannot be downloaded.*apt-get install dataset-fashion-mnist, or use",
     ):
         load(DataConfig(data="fashion-mnist", data_dir=str(tmp_path / "set")), 0)
 
@@ -258,7 +270,7 @@ def test_the_real_fashion_mnist_is_found_without_a_download(tmp_path: Path) -> N
 
 
 def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int]:
-    """What `ParallelContext.run_once_per_host` does, in short; counts the packings that this rank did."""
+    """Loads as `ParallelContext.run_once_per_host` would; counts the packings of this rank."""
     packed = []
     pack = folder_cache.pack_split
     folder_cache.pack_split = lambda *args, **options: (
@@ -281,3 +293,41 @@ def test_one_rank_packs_and_all_see_the_same_splits(tmp_path: Path) -> None:
     (first, packed), (second, none) = run(load_on_a_rank, 2, str(root))
     assert first == second and len(first) == 6
     assert (packed, none) == (2, 0)
+
+
+class TrainAndTest:
+    """A source of 60 training and 20 test images in memory."""
+
+    splits = ("train", "test")
+    stores: ClassVar = {name: random_store(n, seed=n) for name, n in (("train", 60), ("test", 20))}
+
+    def __init__(self, request: Request) -> None:
+        pass
+
+    def describe(self, split: str) -> str:
+        return split
+
+    def open(self, splits: Sequence[str]) -> dict[str, Store]:
+        return {split: self.stores[split] for split in splits}
+
+
+@pytest.fixture
+def train_and_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(datasets.SOURCES, "shapes", TrainAndTest)
+
+
+@pytest.mark.parametrize("seed, share", [(5, 0.25), (6, 0.1)])
+def test_the_seed_chooses_the_share_that_is_held_out(train_and_test, seed, share) -> None:
+    splits = load(DataConfig(validation_share=share), seed)
+    rest, held = datasets.hold_out(TrainAndTest.stores["train"], share, seed)
+    for store, expected in ((splits.train, rest), (splits.val, held)):
+        assert np.array_equal(store.gather(range(len(store))), expected.gather(range(len(store))))
+        assert len(store) == len(expected)
+    assert len(splits.test) == 20 and splits.validation == "held out from train"
+
+
+def test_validation_val_trains_on_all_and_validates_on_the_test(train_and_test) -> None:
+    splits = load(DataConfig(validation="val"), 0)
+    assert [len(store) for store in (splits.train, splits.val, splits.test)] == [60, 20, 20]
+    assert np.array_equal(splits.val.gather(range(20)), splits.test.gather(range(20)))
+    assert splits.validation == "test images"

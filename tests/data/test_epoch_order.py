@@ -1,4 +1,6 @@
-"""The order of an epoch: every image once, the same for the same seed and epoch, and for a disk in runs of neighbors."""
+"""The order of an epoch: every image once, the same for the same seed and epoch, and for a disk in
+runs of neighbors.
+"""
 
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def test_blocks_depend_on_seed_and_epoch_and_on_nothing_else() -> None:
     )
 
 
-def test_a_window_of_blocks_is_whole_blocks_which_are_far_apart_and_well_mixed() -> None:
+def test_a_window_is_whole_blocks_far_apart_and_well_mixed() -> None:
     count = 10 * BLOCK_SIZE * SHUFFLE_WINDOW
     window = block_order(count, 0, 0)[: BLOCK_SIZE * SHUFFLE_WINDOW]
     blocks, sizes = np.unique(window // BLOCK_SIZE, return_counts=True)
@@ -44,7 +46,7 @@ def test_a_window_of_blocks_is_whole_blocks_which_are_far_apart_and_well_mixed()
 
 
 @pytest.mark.parametrize("shuffle", ["full", "blocks"])
-def test_a_loader_takes_the_order_that_is_asked_for_whatever_the_rank_and_where_it_resumes(
+def test_the_order_does_not_depend_on_rank_or_resume(
     shuffle: str,
 ) -> None:
     store = random_store(300, classes=300)
@@ -73,7 +75,7 @@ def test_the_disk_hears_of_every_image_once_and_a_window_ahead(
     monkeypatch.setattr(epoch_order, "BLOCK_SIZE", 4)
     monkeypatch.setattr(epoch_order, "SHUFFLE_WINDOW", 5)
     store, told = random_store(100), []
-    monkeypatch.setattr(epoch_order, "stored_bytes", lambda shelf, first, last: (first, last))
+    monkeypatch.setattr(epoch_order, "stored_bytes", lambda array, first, last: (first, last))
     monkeypatch.setattr(epoch_order, "will_need", told.append)
     numbers = epoch_order.block_order(100, 0, 0)
     ahead = ReadAhead(store, numbers)

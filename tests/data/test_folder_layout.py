@@ -1,5 +1,6 @@
 """Folders of images as people have them: which folder is which split, and what is refused how."""
 
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Splits, load, load_split
 from alexnet_mp.data.folder_layout import list_source
 
+TINY_100 = Path(__file__).resolve().parents[3] / "shared/data/tiny-imagenet-100.tar.gz"
 pytestmark = pytest.mark.usefixtures("cache")
 Output = pytest.CaptureFixture[str]
 
@@ -41,6 +43,20 @@ def test_a_validation_folder_of_any_spelling_validates(
     assert splits.validation == "own split"
     line = f"train: {root}/train; validation: {root}/{name}; test: {root}/test\n"
     assert line in capsys.readouterr().out
+
+
+def test_packing_says_which_folder_became_which_split(tmp_path: Path) -> None:
+    root, lines = make_folder(tmp_path / "set", ("train", "valid", "test", "extra")), []
+    listings = list_source(root, say=lines.append)
+    assert {split: len(listing) for split, listing in listings.items()} == {
+        "train": 20,
+        "val": 20,
+        "test": 20,
+    }
+    assert lines == [
+        f"{root}: ignored the folder extra",
+        f"train: {root}/train; val: {root}/valid; test: {root}/test",
+    ]
 
 
 def test_two_validation_folders_are_refused_with_both_names(tmp_path: Path) -> None:
@@ -186,6 +202,20 @@ def test_splits_under_other_names_do_not_pass_for_classes(tmp_path: Path) -> Non
     assert "seg_test, seg_train look like splits, not like classes; rename them" in message(root)
 
 
+def test_training_runs_beside_the_classes_do_not_pass_for_a_class(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set", ("",))
+    write_image(root / "runs" / "photos-folder-20260101" / "curves.png")
+    (root / "runs" / "photos-folder-20260101" / "history.jsonl").write_text("")
+    assert "runs holds training runs, whose pictures would pass for a class" in message(root)
+
+
+def test_a_class_that_is_called_train_is_told_from_a_split(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "vehicles", ("",), ("bus", "train"))
+    assert f"if it is a class of its own, move all of them into a folder: {root}/train/train" in (
+        message(root)
+    )
+
+
 def test_classes_whose_folders_hold_folders_are_noted(tmp_path: Path, capsys: Output) -> None:
     root = make_folder(tmp_path / "set", ("train/animal", "train/vehicle"))
     load_folder(root)
@@ -296,6 +326,27 @@ def test_a_detection_set_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "set" / "train" / "labels").mkdir()
     (tmp_path / "set" / "train" / "labels" / "1.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     assert "images beside labels are a detection set's" in message(tmp_path / "set")
+
+
+@pytest.mark.skipif(not TINY_100.is_file(), reason=f"{TINY_100} is not there")
+def test_real_photographs_of_two_classes_are_listed_and_held_out(tmp_path: Path) -> None:
+    wanted = {"n01443537": 40, "n01641577": 40}
+    with tarfile.open(TINY_100, "r|gz") as archive:
+        for member in archive:
+            split, wnid, *_ = Path(member.name).parts
+            if (
+                split == "train"
+                and wanted.get(wnid, 0)
+                and (content := archive.extractfile(member))
+            ):
+                wanted[wnid] -= 1
+                (tmp_path / "set" / split / wnid).mkdir(parents=True, exist_ok=True)
+                (tmp_path / "set" / member.name).write_bytes(content.read())
+            if not any(wanted.values()):
+                break
+    splits = load_folder(tmp_path / "set")
+    assert sizes(splits) == [64, 8, 8] and splits.train.sides == (64,)
+    assert splits.train.classes == ("n01443537", "n01641577")
 
 
 # ---- names and paths -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Folders of images: what counts as one, what is refused, and how a file becomes a stored image."""
+"""An image folder is listed, packed once, and refused in one line where it cannot be trained on."""
 
 import os
 import tarfile
@@ -45,7 +45,7 @@ def test_classes_are_the_folders_sorted_by_name(tmp_path: Path) -> None:
     )  # of ant, which was written last
 
 
-def test_hidden_files_and_those_of_a_mac_archive_are_no_images_and_no_classes(
+def test_hidden_files_and_those_of_a_mac_archive_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_folder(tmp_path / "set")
@@ -57,7 +57,7 @@ def test_hidden_files_and_those_of_a_mac_archive_are_no_images_and_no_classes(
     assert "ignored 4 hidden files or folders, 1 files whose names" in capsys.readouterr().out
 
 
-def test_extensions_are_known_in_either_case_and_content_decides_how_to_decode(
+def test_extensions_count_in_either_case_and_content_decides_the_format(
     tmp_path: Path,
 ) -> None:
     root = make_folder(tmp_path / "set")
@@ -86,7 +86,7 @@ def test_a_bad_file_is_named_with_the_reason(
     assert "\n" not in str(caught.value)
 
 
-def test_several_bad_files_are_told_at_once_and_nothing_unfinished_passes_for_a_cache(
+def test_several_bad_files_are_named_at_once_and_no_cache_is_left(
     tmp_path: Path, cache: Path
 ) -> None:
     root = make_folder(tmp_path / "set")
@@ -163,7 +163,7 @@ def test_a_changed_folder_is_packed_again_and_the_old_pack_is_named(
     assert out.count("has changed") == 1
 
 
-def test_what_was_packed_before_a_damaged_file_stopped_it_is_not_decoded_again(
+def test_shards_before_a_damaged_file_are_not_decoded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_format, "SHARD", 4)
@@ -308,7 +308,8 @@ def test_odd_metadata_neither_warns_nor_fails(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "set")
     path = write_image(root / "train" / "cat" / "odd.jpg")
     content = path.read_bytes()
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0"  # announces five entries and ends in the first
+    # It announces five entries and ends in the first.
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0"
     path.write_bytes(
         content[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + content[2:]
     )

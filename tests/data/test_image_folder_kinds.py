@@ -1,4 +1,4 @@
-"""What lies in folders of images in the field, each made here: followed, left out and counted, told, or refused."""
+"""Odd things in image folders are followed, left out and counted, noted, or refused."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_images_in_folders_of_a_class_belong_to_the_class(tmp_path: Path) -> Non
     assert list_source(root)["train"].labels.tolist().count(1) == 11
 
 
-def test_pipes_devices_and_links_to_nowhere_or_in_a_circle_are_left_out_and_counted(
+def test_pipes_devices_and_broken_or_circular_links_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_folder(tmp_path / "set")
@@ -87,7 +87,7 @@ def test_a_name_that_is_not_utf8_is_shown_escaped_and_packed(tmp_path: Path) -> 
     "".join(store.classes).encode()
 
 
-def test_skipping_trains_without_the_bad_files_and_lists_them_at_every_start(
+def test_skipping_lists_the_bad_files_at_every_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_folder(tmp_path / "set")

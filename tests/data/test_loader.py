@@ -106,9 +106,7 @@ def test_a_resumed_epoch_goes_on_with_the_very_batches_that_were_left() -> None:
     assert len(resumed) == 4
 
 
-def test_iterating_twice_gives_the_epoch_twice_and_another_epoch_another_order_and_other_crops() -> (
-    None
-):
+def test_another_epoch_has_another_order_and_other_crops() -> None:
     one = loader(random_store(50, classes=50))
     first, again = list(one), list(one)
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
@@ -175,9 +173,11 @@ def test_a_failure_in_the_thread_is_raised_where_the_batches_are_used(
 
 def test_an_interpreter_that_ends_within_an_epoch_ends_at_once() -> None:
     program = (
-        "import numpy as np; from alexnet_mp.data import *; from alexnet_mp.config import DataConfig\n"
+        "import numpy as np; from alexnet_mp.data import *\n"
+        "from alexnet_mp.config import DataConfig\n"
         "store = Store([np.zeros((5000, 3, 76, 76), np.uint8)], np.zeros(5000), ['a'])\n"
-        "batches = iter(Loader(store, Augment(DataConfig(mean='none'), 67), 64, train=True)); next(batches); print('one')"
+        "loader = Loader(store, Augment(DataConfig(mean='none'), 67), 64, train=True)\n"
+        "batches = iter(loader); next(batches); print('one')"
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -217,6 +217,18 @@ def test_loaders_are_built_from_a_configuration() -> None:
     assert train.training and not val.training and not test.training
 
 
+def test_each_split_has_its_loader_with_the_settings_of_the_run() -> None:
+    config = Config().with_fields(image_size=67, batch_size=16, seed=3, workers=2)
+    stores = [random_store(count, 76, 4, seed=count) for count in (60, 20, 28)]
+    loaders = build_loaders(config, Splits(*stores), data_rank=1, data_ranks=2)[:3]
+    for loader, store in zip(loaders, stores, strict=True):
+        assert loader.images == len(store)
+        assert np.array_equal(loader.store.labels, store.labels)
+        assert np.array_equal(loader.store.gather([5]), store.gather([5]))
+        assert (loader.seed, loader.batch_size, loader.workers) == (3, 16, 2)
+        assert (loader.data_rank, loader.data_ranks) == (1, 2)
+
+
 def test_statistics_come_from_the_training_split_only() -> None:
     splits = splits_of()
     augment = build_loaders(Config().with_fields(image_size=67), splits)[3]
@@ -228,12 +240,12 @@ def test_more_classes_than_the_network_has_are_refused() -> None:
         build_loaders(Config().with_fields(image_size=67, classes=10), splits_of(11))
 
 
-def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is_at_every_step(
+def test_batches_are_the_same_if_a_set_is_resized_at_once_or_at_each_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = Config().with_fields(image_size=67, batch_size=16)
     once = build_loaders(config, splits_of(side=28))[0]
-    monkeypatch.setattr("alexnet_mp.data.store.FITS", 0)
+    monkeypatch.setattr("alexnet_mp.data.store.IN_MEMORY", 0)
     each = build_loaders(config, splits_of(side=28))[0]
     assert once.store.sides == (76,) and each.store.sides == (28,)
     assert all(torch.equal(a.images, b.images) for a, b in zip(once, each, strict=True))
@@ -242,7 +254,7 @@ def test_a_small_set_gives_the_same_batches_whether_it_was_resized_at_once_or_is
 @pytest.mark.parametrize("mean", ["image-center", "image-aligned", "half", "none"])
 @pytest.mark.parametrize("divides", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_what_the_thread_prepares_is_what_the_augmentation_makes_of_the_gathered_images(
+def test_the_threads_batches_are_the_augmented_gathered_images(
     mean: str, divides: bool, train: bool
 ) -> None:
     store = random_store(50)
@@ -275,9 +287,7 @@ def test_the_number_of_threads_changes_no_bit(store: Store) -> None:
     assert all(torch.equal(a.images, b.images) for a, b in zip(one, three, strict=True))
 
 
-def test_batches_that_are_kept_keep_their_values_while_others_take_turns_in_the_same_memory() -> (
-    None
-):
+def test_batches_that_are_kept_keep_their_values_while_buffers_are_reused() -> None:
     expected = [batch.images.clone() for batch in loader(batch_size=2)]
     kept, places = [], set()
     for number, batch in enumerate(loader(batch_size=2)):
@@ -304,3 +314,16 @@ def test_a_jpeg_store_gives_the_batches_of_its_decoded_images(tmp_path: Path) ->
     augment = Augment(DataConfig(stored_side=20, crop_of=16, mean="none"), 16)
     ours, expected = (Loader(kind, augment, 8, 0, True, workers=2) for kind in (store, decoded))
     assert all(torch.equal(a.images, b.images) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_batches_travel_beside_the_step_and_are_those_of_the_cpu() -> None:
+    expected = [batch.images for batch in loader(batch_size=4)]
+    on_gpu = loader(batch_size=4)
+    on_gpu.device = torch.device("cuda", 0)
+    busy = torch.randn(4096, 4096, device="cuda")
+    for batch, wanted in zip(on_gpu, expected, strict=True):
+        for _ in range(20):
+            busy = busy @ busy * 1e-4  # the stream of the step is occupied
+        torch.testing.assert_close(batch.images.cpu(), wanted, rtol=1e-6, atol=1e-4)

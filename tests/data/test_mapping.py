@@ -1,4 +1,6 @@
-"""Mapped files hold no descriptor, and a large store costs neither descriptors nor an object per image."""
+"""Mapped files hold no descriptor, and a large store costs neither descriptors nor an object per
+image.
+"""
 
 import errno
 import os
@@ -33,7 +35,9 @@ def many_shards(path: Path, images: int = 2 * SHARDS) -> Store:
 
 
 def open_and_read(rank: int, path: str) -> tuple[int, int]:
-    """Opens the store and reads all images under a limit of 100 descriptors; how many images, and how many descriptors it took."""
+    """Opens the store and reads all images under a limit of 100 descriptors; how many images, and
+    how many descriptors it took.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
     before = len(os.listdir("/proc/self/fd"))

@@ -1,4 +1,6 @@
-"""launch/pack.py: every kill leaves something that the same command finishes, to the byte as if nothing had been."""
+"""launch/pack.py: every kill leaves something that the same command finishes, to the byte as if
+nothing had been.
+"""
 
 import contextlib
 import errno
@@ -25,6 +27,7 @@ from alexnet_mp.data import (
     decode_pool,
     load,
     store_format,
+    store_statistics,
     store_writer,
 )
 from alexnet_mp.data.decode_pool import Packing
@@ -70,7 +73,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("encode", ["raw", "jpeg"])
-def test_a_packed_folder_trains_as_a_store_with_the_pixels_labels_and_paths_of_its_files(
+def test_a_packed_folder_has_the_pixels_labels_and_paths_of_its_files(
     tmp_path: Path, encode: str, small_shards: None
 ) -> None:
     source = noisy_folder(tmp_path / "set")
@@ -108,18 +111,21 @@ def test_a_jpeg_store_is_smaller_and_nearly_the_same(tmp_path: Path) -> None:
     assert np.abs(stored.astype(int) - picture).mean() < 3
 
 
-def test_statistics_come_with_the_store_and_are_those_that_would_be_measured(
-    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("encode", ["raw", "jpeg"])
+def test_stored_statistics_are_those_that_would_be_measured(
+    tmp_path: Path, encode: str, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack(noisy_folder(tmp_path / "set"), tmp_path / "store")
+    pack(noisy_folder(tmp_path / "set"), tmp_path / "store", encode=encode)
     store = Store.open(tmp_path / "store" / "train")
-    in_memory = Store(store.shelves, store.labels, store.classes, store.places)
+    in_memory = Store(store.arrays, store.labels, store.classes, store.places)
     most = np.arange(60) % 10 != 3
     wanted = [in_memory.statistics(32), in_memory.subset(np.flatnonzero(most)).statistics(32)]
     measured = []
-    sum_ = Store._sum
+    sum_images = store_statistics.sum_images
     monkeypatch.setattr(
-        Store, "_sum", lambda self, side: (measured.append(len(self)), sum_(self, side))[1]
+        store_statistics,
+        "sum_images",
+        lambda store, side: (measured.append(len(store)), sum_images(store, side))[1],
     )
     for expected, found in zip(
         wanted,
@@ -160,7 +166,7 @@ def packing_process(source: Path, store: Path) -> Iterator[multiprocessing.Proce
     process.join(60)
 
 
-def test_kills_at_random_moments_and_a_resume_leave_the_bytes_of_an_uninterrupted_store(
+def test_a_killed_and_resumed_store_has_the_bytes_of_an_uninterrupted_one(
     tmp_path: Path,
 ) -> None:
     source = noisy_folder(tmp_path / "set", 120)
@@ -253,7 +259,7 @@ def test_a_file_that_changed_meanwhile_is_packed_as_it_is_now(
         )
 
 
-def test_a_store_is_not_finished_with_other_options_nor_from_another_folder(
+def test_a_store_is_not_finished_with_other_options_or_images(
     tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = noisy_folder(tmp_path / "set")
@@ -264,7 +270,7 @@ def test_a_store_is_not_finished_with_other_options_nor_from_another_folder(
         pack(noisy_folder(tmp_path / "other"), tmp_path / "store")
 
 
-def test_a_finished_store_is_verified_and_left_alone_and_never_overwritten_by_other_images(
+def test_a_finished_store_is_never_overwritten_by_other_images(
     tmp_path: Path,
 ) -> None:
     source = make_folder(tmp_path / "set")
@@ -294,10 +300,70 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**4))
     with pytest.raises(
         ValueError,
-        match=r"STORE .*: needs about 48 kB, 10 kB are free there; name a folder on a larger disk, or take --encode jpeg",
+        match=r"STORE .*: needs about 48 kB, 10 kB are free there; "
+        "name a folder on a larger disk, or take --encode jpeg",
     ):
         pack(source, tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_room_that_a_begun_store_takes_already_is_not_asked_for_again(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = noisy_folder(tmp_path / "set")
+    stopped(monkeypatch, source, tmp_path / "store", after=110)
+    there = sum(path.stat().st_size for path in (tmp_path / "store").rglob("images-*.npy"))
+    whole = 2 * 20 * 3 * (30**2 + 31**2 + 32**2)
+    usage = shutil.disk_usage(tmp_path)
+    lines: list[str] = []
+    for room, fits in ((whole - there - 1000, False), (whole - there + 1000, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, room=room: usage._replace(free=room))
+        with (
+            contextlib.nullcontext() if fits else pytest.raises(ValueError, match="are free there")
+        ):
+            pack(source, tmp_path / "store", say=lines.append)
+    assert "about 346 kB, of which" in lines[0]
+
+
+def test_what_is_promised_is_on_the_disk_before_the_promise(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard before its manifest, all before the header, the header before the store counts as
+    finished.
+    """
+    events: list[tuple[str, str]] = []
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def name(descriptor: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("sync", name(fd))), fsync(fd))[1])
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda old, new: (events.append((Path(old).name, Path(new).name)), replace(old, new))[1],
+    )
+
+    def record_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == dataset_packer.UNFINISHED:
+            events.append(("unlink", path.name))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", record_unlink)
+    pack(noisy_folder(tmp_path / "set"), tmp_path / "store")
+    train, test = [], []
+    for number in range(-(-60 // 16)):
+        manifest = f".manifest-{number:05d}"
+        train += [f"images-{number:05d}.npy", f"{manifest}.npz", f"{manifest}.json"]
+        test += [f"images-{number:05d}.npy", f"{manifest}.json"]
+    train += ["paths.json", "sums.npz", "labels.npy", "places.npy", "header.json"]
+    test += ["paths.json", "labels.npy", "places.npy", "header.json"]
+    renamed = [new for old, new in events if old.endswith(".tmp")]
+    assert renamed == ["unfinished.json", *train, *test]
+    for number, (old, new) in enumerate(events):
+        if old.endswith(".tmp"):  # its content is on the disk before, and its new name after
+            assert ("sync", old) in events[:number] and events[number + 1][0] == "sync", new
+    assert events[-2:] == [("unlink", "unfinished.json"), ("sync", "store")]
 
 
 def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
@@ -327,7 +393,7 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_finished_shards(
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
-def test_bad_files_stop_the_packing_by_name_after_the_good_ones_and_mending_them_finishes_it(
+def test_bad_files_are_named_after_the_others_and_mending_finishes_it(
     tmp_path: Path, small_shards: None
 ) -> None:
     source = noisy_folder(tmp_path / "set")

@@ -8,7 +8,7 @@ import torch
 from image_sets import levels, load_folder, make_folder, mixed_store, random_store
 
 from alexnet_mp.config import DataConfig
-from alexnet_mp.data import Store, datasets, load, store_writer
+from alexnet_mp.data import Store, datasets, load, store_statistics, store_writer
 from alexnet_mp.data.decode import resize
 from alexnet_mp.data.statistics import Sums
 
@@ -30,7 +30,7 @@ def test_a_store_on_disk_is_a_plain_numpy_array(tmp_path: Path) -> None:
     store = random_store()
     store.save(tmp_path / "store")
     assert np.array_equal(
-        np.load(tmp_path / "store" / "images-00000.npy").reshape(40, 3, 12, 12), store.shelves[0]
+        np.load(tmp_path / "store" / "images-00000.npy").reshape(40, 3, 12, 12), store.arrays[0]
     )
 
 
@@ -43,9 +43,9 @@ def test_a_saved_subset_holds_its_images_only(tmp_path: Path) -> None:
 def test_gather_gives_images_of_any_shelf_in_the_order_asked_for() -> None:
     store = mixed_store()
     images = store.gather([5, 0, 9], side=20)
-    assert torch.equal(images[0], torch.from_numpy(store.shelves[1][2]))
-    assert torch.equal(images[1:2], resize(torch.from_numpy(store.shelves[0][:1]), 20))
-    assert torch.equal(images[2], torch.from_numpy(store.shelves[1][4]))
+    assert torch.equal(images[0], torch.from_numpy(store.arrays[1][2]))
+    assert torch.equal(images[1:2], resize(torch.from_numpy(store.arrays[0][:1]), 20))
+    assert torch.equal(images[2], torch.from_numpy(store.arrays[1][4]))
 
 
 def test_gather_refuses_to_guess_a_side_for_images_of_several() -> None:
@@ -59,7 +59,7 @@ def test_a_subset_of_a_subset_is_the_images_meant() -> None:
 
 
 @pytest.mark.parametrize("side", [9, 31])
-def test_an_image_is_resized_to_the_same_bits_alone_in_a_batch_or_with_the_whole_set(
+def test_resizing_gives_the_same_bits_alone_and_in_a_batch(
     side: int,
 ) -> None:
     store = random_store(count=600, side=20)
@@ -71,7 +71,7 @@ def test_an_image_is_resized_to_the_same_bits_alone_in_a_batch_or_with_the_whole
 
 
 def test_a_set_too_large_for_memory_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alexnet_mp.data.store.FITS", 1000)
+    monkeypatch.setattr("alexnet_mp.data.store.IN_MEMORY", 1000)
     store = random_store()
     assert store.resized(24) is store
 
@@ -85,7 +85,7 @@ def test_reducing_averages_instead_of_dropping_pixels() -> None:
 
 def test_statistics_are_those_of_numpy() -> None:
     store = random_store(count=300)
-    images = store.shelves[0].astype(np.float64)
+    images = store.arrays[0].astype(np.float64)
     statistics = store.statistics(12)
     np.testing.assert_allclose(statistics.mean_image, images.mean(0), rtol=1e-6)
     np.testing.assert_allclose(
@@ -95,7 +95,7 @@ def test_statistics_are_those_of_numpy() -> None:
     )
 
 
-def test_statistics_of_smaller_images_are_those_of_the_images_as_they_are_reduced() -> None:
+def test_statistics_at_a_smaller_side_are_those_of_the_reduced_images() -> None:
     store = random_store()
     reduced = store.resized(8).statistics(8)
     assert torch.equal(store.statistics(8).mean_image, reduced.mean_image)
@@ -103,8 +103,8 @@ def test_statistics_of_smaller_images_are_those_of_the_images_as_they_are_reduce
 
 
 def test_every_image_weighs_the_same_in_the_statistics_whatever_its_side() -> None:
-    shelves = [np.full((1, 3, 4, 4), 100, np.uint8), np.full((3, 3, 8, 8), 200, np.uint8)]
-    store = Store(shelves, np.zeros(4), ["a"], np.array([(0, 0), (1, 0), (1, 1), (1, 2)]))
+    arrays = [np.full((1, 3, 4, 4), 100, np.uint8), np.full((3, 3, 8, 8), 200, np.uint8)]
+    store = Store(arrays, np.zeros(4), ["a"], np.array([(0, 0), (1, 0), (1, 1), (1, 2)]))
     statistics = store.statistics(8)
     torch.testing.assert_close(statistics.mean_image, torch.full((3, 8, 8), 175.0))
     torch.testing.assert_close(statistics.covariance, torch.full((3, 3), 1875.0).double())
@@ -125,7 +125,7 @@ def test_statistics_of_a_store_on_disk_are_measured_once(
 ) -> None:
     random_store().save(tmp_path / "store")
     first = Store.open(tmp_path / "store").statistics(12)
-    monkeypatch.setattr(Store, "_measure", None)
+    monkeypatch.setattr(store_statistics, "measure", None)
     assert torch.equal(Store.open(tmp_path / "store").statistics(12).mean_image, first.mean_image)
     with pytest.raises(TypeError):
         Store.open(tmp_path / "store").subset([1, 2]).statistics(
@@ -190,7 +190,7 @@ def test_saving_over_something_is_refused(tmp_path: Path) -> None:
         random_store().save(tmp_path / "store")
 
 
-def test_the_validation_split_has_its_share_of_every_class_and_nothing_of_the_rest() -> None:
+def test_the_validation_split_has_its_rounded_share_of_every_class() -> None:
     labels = np.repeat([0, 1, 2], [100, 46, 7])
     store = Store([np.arange(153, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 1)], labels, "abc")
     rest, share = datasets.hold_out(store, 0.1, seed=3)

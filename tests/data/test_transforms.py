@@ -55,7 +55,7 @@ def many_draws(augment: Augment, batches: int = 200, rows: int = 128) -> Augment
     )
 
 
-# ---- crops and flips -------------------------------------------------------------------------------------------------------
+# ---- crops and flips -----------------------------------------------------------------------------
 
 
 def test_a_crop_is_the_slice_at_its_place_mirrored_where_drawn() -> None:
@@ -91,7 +91,7 @@ def test_half_of_the_images_are_flipped() -> None:
     assert many_draws(small()).flip.double().mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_without_flips_none_is_flipped_and_without_random_crops_all_are_the_center() -> None:
+def test_flips_and_random_crops_can_be_turned_off() -> None:
     draw = many_draws(small(flip=False, random_crop=False), 5)
     assert not draw.flip.any() and set(draw.top.tolist()) == set(draw.left.tolist()) == {2}
 
@@ -104,7 +104,7 @@ def test_a_crop_as_large_as_the_image_has_one_place() -> None:
         assert set(augment.draw(0, 0, 0, 50).top.tolist()) == {0}
 
 
-def test_a_chunk_of_consecutive_images_shares_one_crop_and_flip_but_not_its_color() -> None:
+def test_images_per_crop_share_crop_and_flip_but_not_color() -> None:
     draw = small(images_per_crop=32, color_noise=0.1).draw(0, 0, 0, 80)
     for first, last in ((0, 32), (32, 64), (64, 80)):
         assert all(
@@ -136,7 +136,7 @@ def test_a_rank_takes_its_rows_of_the_draws_of_the_whole_batch() -> None:
     assert torch.equal(part.left, whole.left[4:7]) and torch.equal(part.color, whole.color[4:7])
 
 
-# ---- test views ------------------------------------------------------------------------------------------------------------
+# ---- test views ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side, size, first", [(256, 224, 16), (256, 227, 14), (20, 16, 2)])
@@ -161,10 +161,10 @@ def test_the_fifth_of_the_ten_views_is_the_test_view_whatever_the_mean(mean: str
     assert torch.equal(augment.ten_crop(images)[:, 4], augment.test(images))
 
 
-# ---- means -----------------------------------------------------------------------------------------------------------------
+# ---- means ---------------------------------------------------------------------------------------
 
 
-def test_the_2012_mean_is_the_center_crop_of_the_mean_image_wherever_the_crop_lies() -> None:
+def test_the_2012_mean_is_the_mean_images_center_wherever_the_crop_lies() -> None:
     augment, images = small(mean="image-center"), random_images(2)
     mean = imagenet_statistics(20).mean_image
     values = augment.train(images, draw_of([0, 4], [1, 3], [False, True]))
@@ -203,7 +203,7 @@ def test_a_mean_image_needs_statistics() -> None:
         Augment(DataConfig(), 67)
 
 
-# ---- color noise ----------------------------------------------------------------------------------------------------------
+# ---- color noise ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_color_noise_has_the_covariance_of_the_formula_in_gray_levels(
     )
 
 
-def test_the_brightest_color_axis_moves_by_12_gray_levels_in_2012_and_by_6_in_the_paper() -> None:
+def test_the_brightest_axis_moves_12_levels_in_2012_and_6_in_the_paper() -> None:
     largest = {
         unit: color_axes(DataConfig(color_noise=0.1, color_unit=unit), imagenet_statistics())
         .norm(dim=0)
@@ -233,7 +233,7 @@ def test_the_brightest_color_axis_moves_by_12_gray_levels_in_2012_and_by_6_in_th
     assert largest["eigenvalue"] == pytest.approx(5.82, abs=0.01)
 
 
-def test_an_image_gets_one_color_in_all_its_pixels_and_another_image_another() -> None:
+def test_each_image_gets_one_color_of_its_own_in_all_its_pixels() -> None:
     augment, images = small(color_noise=0.1), random_images(2)
     draw = augment.draw(0, 0, 0, 2)
     plain = augment.train(images, AugmentParams(draw.top, draw.left, draw.flip, None))
@@ -280,7 +280,7 @@ def test_gray_images_have_no_color_to_vary_but_brightness() -> None:
     assert (color - color[:, :1]).abs().max() < 1e-3 and color.std() > 1
 
 
-# ---- sizes -----------------------------------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size, side", [(67, 76), (227, 256), (99, 112)])

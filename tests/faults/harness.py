@@ -1,17 +1,20 @@
-"""Starts jobs of several ranks that a fault strikes, and tells how they ended: who noticed what, when, and what was left.
+"""Starts jobs of several ranks that a fault strikes, and tells how they ended.
 
-Ranks are forked from the tests' fork server, which has torch imported (tests/ranks.py), and run the real launch/train.py. The parent
-plays torchrun's agent: it keeps the store and takes no part otherwise; what torchrun adds is tested in test_torchrun.py.
+Ranks are forked from the tests' fork server, which has torch imported (tests/ranks.py), and run the
+real launch/train.py. The parent plays torchrun's agent: it keeps the store and takes no part
+otherwise; what torchrun adds is tested in test_torchrun.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,9 +31,12 @@ sys.path[:0] = [str(path) for path in (ROOT, FAULTS.parent, FAULTS) if str(path)
 
 import ranks  # noqa: E402  (found by the line above)
 
+_processes_lock = threading.Lock()
+"""multiprocessing's starts and joins look at the children of all threads."""
+
 TINY = (
-    "--kernels 4 4 4 4 4 --hidden 6 5 --batch-size 8 --limit-train 24 --limit-val 16 --limit-test 16 --epochs 2 --threads 1 "
-    "--lr 0.01"
+    "--kernels 4 4 4 4 4 --hidden 6 5 --batch-size 8 --limit-train 24 --limit-val 16 "
+    "--limit-test 16 --epochs 2 --threads 1 --lr 0.01"
 ).split()  # three steps, two batches of validation, an epoch
 
 
@@ -66,7 +72,7 @@ class Outcome:
 
     codes: tuple[int | None, ...]
     screen: str
-    seconds: float  # from the fault (without one: from the start) to the end of the last rank that was not stopped
+    seconds: float  # from the fault, or the start, to the end of the last rank that was not stopped
     left: list[int]  # processes of the job that were there afterwards
 
     @property
@@ -78,9 +84,22 @@ class Outcome:
         return (self.errors or self.screen.strip().splitlines() or [""])[-1]
 
 
-def run(scenario: Scenario, out: Path, timeout: float = 60.0) -> Outcome:
-    """Runs the job in the folder `out` (its files) and beside it (what it says)."""
+@functools.cache
+def _start_server() -> None:
+    """Starts the fork server and waits until it has imported all: no scenario's clock runs then."""
     ranks.start_server()
+    process = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
+def run(scenario: Scenario, out: Path, timeout: float = 120.0) -> Outcome:
+    """Runs the job in the folder `out` (its files) and beside it (what it says).
+
+    Several threads may do so at once: most scenarios wait most of the time.
+    """
+    with _processes_lock:
+        _start_server()
     note, screen = out.with_name(f"{out.name}.fault"), out.with_name(f"{out.name}.screen")
     screen.write_bytes(b"")
     note.unlink(missing_ok=True)
@@ -107,7 +126,8 @@ def run(scenario: Scenario, out: Path, timeout: float = 60.0) -> Outcome:
         ]
         try:
             for process in processes:
-                process.start()
+                with _processes_lock:
+                    process.start()
             ended = _wait(processes, started + timeout)
             struck = float(note.read_text()) if note.exists() and note.read_text() else started
             codes = tuple(process.exitcode for process in processes)
@@ -123,7 +143,7 @@ def run(scenario: Scenario, out: Path, timeout: float = 60.0) -> Outcome:
                     for pid in session(process.pid):
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
-                    process.join()
+                    _join(process)
         del store
     return Outcome(codes, screen.read_text(errors="replace"), ended - struck, left)
 
@@ -134,7 +154,7 @@ def _wait(processes: list[Any], deadline: float) -> float:
     while running and time.monotonic() < deadline:
         done = connection.wait([process.sentinel for process in running], 0.2)
         for process in [process for process in running if process.sentinel in done]:
-            process.join()
+            _join(process)
             running.remove(process)
             ended = time.monotonic()
         if (
@@ -144,6 +164,12 @@ def _wait(processes: list[Any], deadline: float) -> float:
         ):
             break
     return ended
+
+
+def _join(process: Any) -> None:
+    connection.wait([process.sentinel])
+    with _processes_lock:
+        process.join()
 
 
 def stopped(pid: int) -> bool:

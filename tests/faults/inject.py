@@ -1,6 +1,7 @@
 """Faults, installed into a rank from outside: the product has no hook for them.
 
-A fault is KIND@POINT, e.g. kill@step:3 (the third time that the point is passed) or slow:5@save (five seconds).
+A fault is KIND@POINT, e.g. kill@step:3 (the third time that the point is passed) or slow:5@save
+(five seconds).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import alexnet_mp.plotting.curves
 import alexnet_mp.training.checkpoint
 import alexnet_mp.training.input_checks
 import alexnet_mp.training.run
+import alexnet_mp.training.run_folder
 import alexnet_mp.training.trainer
 
 POINTS = {  # name -> (where the attribute is, its name): what is about to begin
@@ -46,7 +48,7 @@ POINTS = {  # name -> (where the attribute is, its name): what is about to begin
     "write": (torch, "save"),
     "rename": (os, "replace"),
     "link": (alexnet_mp.training.checkpoint, "link_atomically"),
-    "history": (alexnet_mp.training.run.Run, "_write_history"),
+    "history": (alexnet_mp.training.run_folder.RunFolder, "write_history"),
     "test": (alexnet_mp.training.run.Run, "_test"),
     "plot": (alexnet_mp.plotting.curves, "draw_curves"),
     "close": (alexnet_mp.parallel.context.ParallelContext, "close"),
@@ -54,7 +56,7 @@ POINTS = {  # name -> (where the attribute is, its name): what is about to begin
 
 
 def install(fault: str, note: Path) -> None:
-    """From now on `fault` strikes this process, once. `note` gets the time (monotonic) at which it does."""
+    """Lets `fault` strike this process, once; `note` then gets the time (monotonic)."""
     kind, _, where = fault.partition("@")
     point, _, count = where.partition(":")
     owner, name = POINTS[point]

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""launch/train.py with a fault: FAULT RANK NOTE [flags]. Strikes that rank, in the job's first start only (torchrun --max-restarts)."""
+"""launch/train.py with a fault: FAULT RANK NOTE [flags].
+
+Strikes that rank, in the job's first start only (torchrun --max-restarts).
+"""
 
 import os
 import runpy

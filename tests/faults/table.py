@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Runs the scenarios and prints what came of each: scenario | seconds to the end of all | exit codes | the last line on the screen.
+"""Runs the scenarios; prints name | fault | seconds to the end | exit codes | last line of each.
 
 python tests/faults/table.py [WORD ...]     only scenarios whose name has one of the words
 """

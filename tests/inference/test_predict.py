@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alexnet_mp.cli import predict as predict_command
 from alexnet_mp.cli.parser import parse_predict
 from alexnet_mp.config import preset
 from alexnet_mp.inference.load_network import TrainedNetwork, best_classes
@@ -36,3 +37,12 @@ def test_the_most_probable_classes_come_first() -> None:
     expected = [("b", pytest.approx(0.6)), ("class 2", pytest.approx(0.3))]
     assert best_classes(row, ["a", "b"], top=2) == expected  # class 2 is a logit without a class
     assert len(best_classes(row, ["a", "b"], top=9)) == 3
+
+
+def test_a_file_that_cannot_be_read_makes_the_exit_code_2(monkeypatch, capsys) -> None:
+    answers = [{"file": "a.png", "top": []}, {"file": "b.png", "error": "an empty file"}]
+    monkeypatch.setattr(predict_command, "predict_files", lambda request: answers[: request.top])
+    arguments = ["--checkpoint", "best.pt", "a.png", "b.png", "--top"]
+    assert predict_command.predict([*arguments, "1"]) == 0
+    assert predict_command.predict([*arguments, "2"]) == 2
+    assert capsys.readouterr().err == "error: b.png: an empty file\n"

@@ -12,34 +12,12 @@ import torch
 from commands import start
 from PIL import Image
 
-from alexnet_mp import AlexNet, ModelConfig, preset
+from alexnet_mp import preset
 from alexnet_mp.data import load
-from alexnet_mp.inference.features import class_balanced_sample, logits_and_fc7, nearest
 from alexnet_mp.inference.finished_run import FinishedRun
+from alexnet_mp.inference.neighbors import class_balanced_sample, nearest
 from alexnet_mp.inference.run_pictures import draw, kernels
 from alexnet_mp.training.run import run
-
-
-@pytest.mark.parametrize("columns", [1, 2, 4])
-def test_fc7_is_what_fc8_multiplies_columns_side_by_side(columns: int) -> None:
-    model = AlexNet(
-        ModelConfig(
-            columns=columns, kernels=(4, 6, 8, 6, 4), hidden=(24, 20), classes=5, image_size=67
-        ),
-        seed=1,
-    ).eval()
-    with torch.no_grad():
-        for column in model.columns.values():
-            column.fc6.bias.fill_(0.5), column.fc7.bias.uniform_(-1, 1)
-    images = torch.randn(3, 3, 67, 67, generator=torch.Generator().manual_seed(0))
-    logits, fc7 = logits_and_fc7(model, images)
-    assert (
-        fc7.shape == (3, columns * 20) and (fc7 >= 0).all() and (fc7 == 0).any() and (fc7 > 0).any()
-    )
-    assert torch.equal(logits, model(images))
-    weight = torch.cat([column.fc8.weight for column in model.columns.values()], 1)
-    assert torch.allclose(fc7 @ weight.T + model.columns["0"].fc8.bias, logits, atol=1e-6)
-    assert not any(column.fc8._forward_pre_hooks for column in model.columns.values())
 
 
 @pytest.mark.parametrize("sizes", [(50,), (7, 7, 7, 7, 7, 7, 7, 1), (1, 49), (20, 0, 30)])

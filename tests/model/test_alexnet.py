@@ -45,6 +45,49 @@ def test_an_image_size_that_is_too_small_is_refused() -> None:
     assert AlexNet(tiny(image_size=67))(images(1)).shape == (1, 5)
 
 
+def test_the_settings_of_norms_and_dropout_reach_their_modules() -> None:
+    net = AlexNet(
+        tiny(
+            lrn_size=3,
+            lrn_k=1.5,
+            lrn_alpha=0.01,
+            lrn_beta=0.5,
+            map_norm=True,
+            map_norm_alpha=0.002,
+            dropout_rate=0.25,
+            dropout="inverted",
+            dropout_after=("conv5",),
+        )
+    )
+    assert (net.lrn.size, net.lrn.k, net.lrn.alpha, net.lrn.beta) == (3, 1.5, 0.01, 0.5)
+    assert net.map_norm.alpha == 0.002
+    for index, column in net.columns.items():
+        (dropout,) = column.dropout.values()
+        found = dropout.rate, dropout.kind, dropout.layer, dropout.column
+        assert found == (0.25, "inverted", "conv5", int(index))
+
+
+def test_each_dropout_drops_the_output_of_its_own_layer() -> None:
+    units = {"conv5": 4, "fc6": 12, "fc7": 10}
+    net = AlexNet(tiny(dropout_after=tuple(units)))
+    seen = []
+    for index, column in net.columns.items():
+        for after, dropout in column.dropout.items():
+            dropout.register_forward_hook(
+                lambda module, args, output, place=(after, index): seen.append(
+                    (*place, args[0].shape[1])
+                )
+            )
+    net(images())
+    assert seen == [(after, index, n) for after, n in units.items() for index in "01"]
+
+
+def test_padding_of_each_side_is_added_to_its_own_axis() -> None:
+    config = tiny(conv1_padding=(1, 3, 10, 14))  # left, right, top, bottom
+    assert config.map_sizes()["conv1"] == (21, 16)  # height, width: (67 + 24 - 11) // 4 + 1, ...
+    assert AlexNet(config).eval()(images(1)).shape == (1, 5)
+
+
 @pytest.mark.parametrize(
     "size, maps",
     [

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 is not set: this machine has a GPU"
 )
 K, ALPHA = 2.0, 0.3
-# fp32: 1e-6 of the largest value. fp16: one rounding of the result. bf16: the interpreter cuts bits off instead of rounding.
+# fp32: 1e-6 of the largest value. fp16: one rounding of the result. bf16: the interpreter cuts bits
+# off instead of rounding.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 TYPES = list(TOLERANCE)
 SHAPES = [(2, 5, 15, 13), (1, 48, 7, 7), (3, 1, 3, 3), (1, 130, 5, 4)]
@@ -106,8 +107,17 @@ def test_the_crop_equals_slices_of_each_image(mean: str, color: bool, dtype) -> 
     noise = torch.randn(images, 3, generator=generator) * 9 if color else None
     given = {"aligned": mean_image, "center": center, "none": None}[mean]
     found = kernels.crop(
-        pixels, places, size, dtype, given, mean == "aligned", 127.5 * (mean == "none"), noise, 1.1, 127.5
-    )  # fmt: skip
+        pixels,
+        places,
+        size,
+        dtype,
+        given,
+        mean == "aligned",
+        127.5 * (mean == "none"),
+        noise,
+        1.1,
+        127.5,
+    )
     wanted = []
     for image, (top, left, flip) in zip(pixels.double(), places.T.tolist(), strict=True):
         values = image[:, top : top + size, left : left + size]

@@ -7,9 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from torch.distributed.device_mesh import DeviceMesh
 
 from alexnet_mp.config import Config, ModelConfig, RunConfig
-from alexnet_mp.parallel.context import GROUP_TIMEOUT, choose_column_ranks, init_parallel
+from alexnet_mp.parallel.context import (
+    GROUP_TIMEOUT,
+    ParallelContext,
+    _make_groups,
+    choose_column_ranks,
+    init_parallel,
+)
 from alexnet_mp.parallel.launcher import Environment
 
 
@@ -42,7 +49,7 @@ def test_a_copy_takes_the_most_ranks_that_columns_and_world_allow(
         (2, 5, "1 or a multiple of 2"),
     ],
 )
-def test_ranks_that_cannot_share_the_columns_are_refused_with_the_sizes_that_work(
+def test_ranks_that_cannot_share_the_columns_are_refused(
     columns: int, ranks: int, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
@@ -103,7 +110,7 @@ def place_of(rank: int, column_ranks: int, timeout: float) -> tuple:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("timeout", "limit"), [(45.0, GROUP_TIMEOUT), (700.0, 700.0)])
-def test_groups_of_activations_wait_ten_minutes_and_control_as_long_as_asked(
+def test_activations_may_wait_ten_minutes_and_control_as_long_as_asked(
     timeout: float, limit: float
 ) -> None:
     long, short = timedelta(seconds=limit), timedelta(seconds=timeout)
@@ -140,3 +147,24 @@ def test_ranks_without_local_rank_number_themselves_by_host() -> None:
     for rank, (environment, _) in enumerate(run(place_without_local_rank, 2)):
         assert environment.knows_host
         assert (environment.local_rank, environment.local_world_size) == (rank, 2)
+
+
+@pytest.mark.parametrize(("users", "expected"), [(None, "1"), ("0", "0")])
+def test_nccl_gets_a_stream_of_high_priority_unless_the_user_set_it(
+    monkeypatch, users: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("TORCH_NCCL_HIGH_PRIORITY", raising=False)
+    if users is not None:
+        monkeypatch.setenv("TORCH_NCCL_HIGH_PRIORITY", users)
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        lambda *args, **options: seen.append(os.environ.get("TORCH_NCCL_HIGH_PRIORITY")),
+    )
+    monkeypatch.setattr(dist, "new_group", lambda *args, **options: None)
+    monkeypatch.setattr(DeviceMesh, "from_group", lambda *args, **options: None)
+    place = ParallelContext(Environment(0, 2), torch.device("cuda:0"), (0,), column_ranks=2)
+    place.backend = "nccl"
+    _make_groups(place, store=dist.HashStore())
+    assert seen == [expected]  # before the first group, which reads it

@@ -1,4 +1,4 @@
-"""Which device and how many threads a rank gets, decided before any work and refused in one line."""
+"""A rank's device and threads: chosen before any work, or refused in one line."""
 
 import os
 import warnings

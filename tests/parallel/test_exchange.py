@@ -1,4 +1,4 @@
-"""The exchange between ranks: what arrives, what comes back, how much of it, and in which order."""
+"""The exchange between ranks: its values, its gradients, its bytes, and its order."""
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from alexnet_mp.parallel import exchange
 from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.parallel.exchange import GroupLink
 from alexnet_mp.training.trainer import Trainer
+
+pytestmark = pytest.mark.ranks
 
 CROSSINGS = ("conv3", "fc6", "fc7", "fc8")
 SIZES = {
@@ -90,7 +92,10 @@ def crossed(
     gradient_layout: str,
     device: str = "cpu",
 ) -> list[tuple[Tensor, Tensor]]:
-    """What the columns `here` get at one crossing, and the gradients of what they gave, each column computing something of its own."""
+    """(Received, gradient of what was given) of each column `here` at one crossing.
+
+    Each column computes something of its own.
+    """
     shape = (3, 4, 5, 6) if layer.startswith("conv") else (3, 8)
     leaves = [random(*shape, seed=i, device=device).requires_grad_() for i in here]
     given = [laid_out(layout, leaf) for leaf in leaves]
@@ -134,7 +139,7 @@ def assert_as_on_one_device(by_rank: list, columns: int, layer: str) -> None:
         found = [column for outcomes in by_rank for column in outcomes[number]]
         assert len(found) == columns
         for (y, gradient), (y0, gradient0) in zip(found, expected, strict=True):
-            # more than two gradients, or shares of fc8, are added in another order: roundings of float64
+            # More than two gradients, or shares of fc8, are added in another order: rounding.
             rounding = 0 if columns == 2 else 1e-14
             torch.testing.assert_close(
                 y, y0, rtol=0, atol=rounding if layer == "fc8" else 0, msg=str(case)
@@ -144,12 +149,13 @@ def assert_as_on_one_device(by_rank: list, columns: int, layer: str) -> None:
 
 @pytest.mark.parametrize("layer", CROSSINGS)
 @pytest.mark.parametrize("columns, ranks", [(2, 2), (4, 2), (4, 4)])
-def test_an_exchange_gives_what_concatenation_on_one_device_gives_however_tensors_lie_in_memory(
+def test_an_exchange_gives_what_concatenation_gives_in_any_memory_layout(
     columns: int, ranks: int, layer: str
 ) -> None:
     assert_as_on_one_device(run(all_layouts_crossed, ranks, columns, layer), columns, layer)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="needs a CUDA device: two ranks share one, through gloo and host memory",
@@ -159,6 +165,7 @@ def test_two_ranks_on_one_gpu_exchange_through_gloo(layer: str) -> None:
     assert_as_on_one_device(run(all_layouts_crossed, 2, 2, layer, "gloo", "cuda:0"), 2, layer)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA devices: NCCL takes one for each rank"
 )
@@ -369,9 +376,7 @@ def order_of_a_step(rank: int) -> list[str]:
     return log
 
 
-def test_the_own_half_is_computed_while_the_peers_is_under_way_and_backward_sends_before_the_own_gradients() -> (
-    None
-):
+def test_a_transfer_is_in_flight_while_the_own_half_is_computed() -> None:
     expected = []
     for layer in ("conv3", "fc6", "fc7"):
         expected += ["send", f"{layer} own", "wait", f"{layer} peers"]

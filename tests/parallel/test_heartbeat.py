@@ -123,7 +123,8 @@ def test_a_rank_that_has_left_may_be_gone(store, exits, capsys) -> None:
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_a_silent_rank_is_frozen(store, exits, capsys, child, stopped: bool) -> None:
+def test_a_silent_rank_is_frozen(store, exits, capsys, child, monkeypatch, stopped: bool) -> None:
+    monkeypatch.setattr(heartbeat, "GRACE", 60.0)  # it has had its time
     if stopped:
         child.send_signal(signal.SIGSTOP)
     watch(store, exits, child.pid)

@@ -1,10 +1,9 @@
-"""The same network at any placement, and as reference.py writes it down a second time.
+"""The network is the same on several ranks, on one device, and as reference.py writes it again.
 
 Between placements the aim is bit for bit: own half plus peers' half, in the same order everywhere.
 Both sides run the same operations on tensors of the same sizes and formats, so that holds on any
-processor; with one thread, since threads divide a sum as they like; and for two columns, whose two
-terms may be added either way round. The
-reference sums in another order, and is close.
+processor. It holds with one thread, since threads divide a sum as they like, and for two columns,
+whose two terms may be added either way round.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ import reference
 import torch
 import torch.distributed as dist
 from ranks import process_group, run
-from tiny_networks import tiny
 from torch import Tensor, nn
 
 from alexnet_mp.config import LAYERS, Config, ModelConfig, RecipeConfig, RunConfig
@@ -26,12 +24,27 @@ from alexnet_mp.parallel.exchange import GroupLink
 from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.trainer import Trainer
 
+pytestmark = pytest.mark.ranks
+
 STEPS, CLASSES = 20, 5
+
+
+def small(**changes) -> ModelConfig:
+    """A net of some thousand weights whose signals neither vanish nor explode."""
+    fields = {
+        "kernels": (4, 6, 8, 6, 4),
+        "hidden": (12, 10),
+        "classes": CLASSES,
+        "image_size": 67,
+        "initial_weights": ("he",) * 8,
+        "initial_biases": (0.1,) * 8,
+    }
+    return ModelConfig(**fields | changes)
 
 
 @dataclass
 class Batch:
-    """`rows` and `first_row` say which part of the global batch a data rank's images are."""
+    """A part of the global batch: `rows` is the size of the whole, `first_row` where it begins."""
 
     images: Tensor
     labels: Tensor
@@ -118,10 +131,7 @@ def both(
     recipe: RecipeConfig = RECIPE,
     channels_last: bool = False,
 ):
-    """The whole network on one device, and the union of its ranks.
-
-    The ranks' is in another memory format if `channels_last`.
-    """
+    """The whole network on one device, and the union of its ranks (channels-last, if asked)."""
     parts = [
         outcome
         for outcome, _ in run(train_a_part, ranks, config, dtype, sizes, recipe, channels_last)
@@ -141,9 +151,9 @@ def both(
 
 
 def assert_equal(a: Outcome, b: Outcome, tolerance: float = 0.0, after_steps: float = 0.0) -> None:
-    """Compares logits, every gradient, with the ratio of its norms, and the weights.
+    """Compares logits, gradients with the ratio of their norms, and weights.
 
-    Tolerances are relative to the largest of each tensor.
+    Tolerances are relative to the largest value of each tensor.
     """
     assert a.gradients.keys() == b.gradients.keys() and a.weights.keys() == b.weights.keys()
     close(a.logits[0], b.logits[0], tolerance, "logits")
@@ -197,7 +207,7 @@ VARIANTS = {
 def test_two_ranks_compute_bit_for_bit_what_one_device_does(
     variant: str, dtype: torch.dtype
 ) -> None:
-    assert_equal(*both(tiny(**VARIANTS[variant]), dtype, [4] * STEPS))
+    assert_equal(*both(small(**VARIANTS[variant]), dtype, [4] * STEPS))
 
 
 @pytest.mark.parametrize(
@@ -206,13 +216,13 @@ def test_two_ranks_compute_bit_for_bit_what_one_device_does(
     ids=["batches of 1", "a short last batch", "changing batches"],
 )
 def test_two_ranks_compute_what_one_device_does_at_any_batch_size(sizes: list[int]) -> None:
-    assert_equal(*both(tiny(), torch.float64, sizes))
+    assert_equal(*both(small(), torch.float64, sizes))
 
 
 def test_two_ranks_equal_one_device_with_the_rates_of_the_2012_source() -> None:
     assert_equal(
         *both(
-            tiny(**ORIGINAL),
+            small(**ORIGINAL),
             torch.float64,
             [4] * STEPS,
             recipe=RecipeConfig(lr=0.01, bias_lr=0.02, bias_decay=False),
@@ -220,10 +230,10 @@ def test_two_ranks_equal_one_device_with_the_rates_of_the_2012_source() -> None:
     )
 
 
-def test_two_ranks_in_channels_last_are_close_to_one_device() -> None:
+def test_two_ranks_in_channels_last_equal_one_device_in_the_default_format() -> None:
     # other convolution kernels, so other sums: rounding (DESIGN: 1e-12, after 20 steps 1e-10)
     assert_equal(
-        *both(tiny(image_size=99), torch.float64, [4] * STEPS, channels_last=True),
+        *both(small(image_size=99), torch.float64, [4] * STEPS, channels_last=True),
         tolerance=1e-12,
         after_steps=1e-10,
     )
@@ -236,7 +246,7 @@ def test_four_columns_compute_the_same_on_four_ranks_on_two_and_on_one(
 ) -> None:
     # three peers' gradients are added to a fourth in another order: rounding, no more
     assert_equal(
-        *both(tiny(columns=4, **VARIANTS[variant]), torch.float64, [3] * STEPS, ranks),
+        *both(small(columns=4, **VARIANTS[variant]), torch.float64, [3] * STEPS, ranks),
         tolerance=1e-12,
         after_steps=1e-10,
     )
@@ -244,7 +254,7 @@ def test_four_columns_compute_the_same_on_four_ranks_on_two_and_on_one(
 
 @pytest.mark.parametrize("crossings", [("fc8",), ("conv3", "fc6", "fc7", "fc8"), LAYERS[1:]])
 def test_something_is_sent_at_the_configured_crossings_and_only_there(crossings: tuple) -> None:
-    for _, values in run(train_a_part, 2, tiny(crossings=crossings), torch.float32, [2], RECIPE):
+    for _, values in run(train_a_part, 2, small(crossings=crossings), torch.float32, [2], RECIPE):
         assert {layer for _, layer, direction in values if direction == "forward"} == set(crossings)
         assert {layer for _, layer, direction in values if direction == "backward"} == set(
             crossings
@@ -253,15 +263,12 @@ def test_something_is_sent_at_the_configured_crossings_and_only_there(crossings:
 
 def dropped_by_rank(rank: int, layer: str) -> Tensor:
     with process_group():
-        model = AlexNet(tiny(activation="tanh"), (rank,), GroupLink(dist.group.WORLD), seed=0)
+        model = AlexNet(small(activation="tanh"), (rank,), GroupLink(dist.group.WORLD), seed=0)
         return dropped_by(model, layer)[0]
 
 
 def dropped_by(model: AlexNet, layer: str) -> list[Tensor]:
-    """Which units each column drops in a training pass.
-
-    tanh is never exactly zero, so zeros are dropped units.
-    """
+    """The dropped units of each column in one training pass: tanh is never exactly zero itself."""
     seen: list[Tensor] = []
     for column in model.columns.values():
         column.dropout[layer].register_forward_hook(
@@ -274,7 +281,7 @@ def dropped_by(model: AlexNet, layer: str) -> list[Tensor]:
 @pytest.mark.parametrize("layer", ["fc6", "fc7"])
 def test_two_ranks_drop_the_units_that_one_device_drops(layer: str) -> None:
     whole, ranks = (
-        dropped_by(AlexNet(tiny(activation="tanh"), seed=0), layer),
+        dropped_by(AlexNet(small(activation="tanh"), seed=0), layer),
         run(dropped_by_rank, 2, layer),
     )
     assert all(torch.equal(a, b) for a, b in zip(whole, ranks, strict=True)) and len(whole) == 2
@@ -305,7 +312,7 @@ def arrays(state: dict[str, Tensor], columns: int) -> reference.Arrays:
 
 
 def drawn(config: ModelConfig, step: int, rows: int) -> reference.Arrays:
-    """The masks of train() at `step`, by NumPy's version of the hash, all columns side by side."""
+    """The masks that train() draws at `step`, by NumPy's hash; all columns side by side."""
     return {
         layer: np.concatenate(
             [
@@ -338,10 +345,10 @@ REFERENCED = {
 
 
 @pytest.mark.parametrize("variant", REFERENCED)
-def test_the_network_is_the_one_that_the_reference_writes_down(
+def test_the_network_equals_the_reference_written_from_the_formulas(
     variant: str,
 ) -> None:
-    config = tiny(
+    config = small(
         lrn_alpha=0.01,
         map_norm_alpha=0.02,
         **{k: v for k, v in REFERENCED[variant].items() if k != "lrn_alpha"},
@@ -381,7 +388,7 @@ def test_the_network_is_the_one_that_the_reference_writes_down(
 
 
 def test_in_float32_the_network_is_the_reference_within_rounding() -> None:
-    config = tiny(image_size=99)
+    config = small(image_size=99)
     model, batch = AlexNet(config, seed=0), batches([4], torch.float32, 99)
     theirs = reference.Network(arrays(model.state_dict(), 2), settings(config))
     ours = train(model, batch, RECIPE)
@@ -398,9 +405,9 @@ def test_in_float32_the_network_is_the_reference_within_rounding() -> None:
 def trained(
     rank: int, sizes: list[int], column_ranks: int = 0
 ) -> tuple[dict[str, Tensor], float, int, list[float]]:
-    """The Trainer on this rank: weights, training loss, data ranks, gradient norms."""
+    """Weights, training loss, data ranks and gradient norms of the Trainer on this rank."""
     config = Config(
-        model=tiny(),
+        model=small(),
         recipe=RecipeConfig(lr=0.05),
         run=RunConfig(device="cpu", column_ranks=column_ranks),
     )

@@ -1,4 +1,4 @@
-"""What travels: in which order in memory, in which type, uncopied where that can be; and how long a rank waits for it."""
+"""The wire format: memory order, type, copies; and the seconds that a rank waits for it."""
 
 import time
 
@@ -15,6 +15,8 @@ from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.parallel.exchange import GroupLink, Transfer
 from alexnet_mp.parallel.meter import TRAINING
 
+pytestmark = pytest.mark.ranks
+
 
 def small(**changes) -> ModelConfig:
     return ModelConfig(
@@ -28,7 +30,7 @@ def small(**changes) -> ModelConfig:
     )
 
 
-# No ReLU and no maximum, of which one that falls to the other side shows as 5 % in the gradients of so small a net.
+# No ReLU and no maximum: one that falls to the other side changes a small net's gradient by 5 %.
 SMOOTH = {"activation": "tanh", "pool_size": 1}
 
 
@@ -38,7 +40,7 @@ def maps(rank: int, channels_last: bool) -> Tensor:
 
 
 def swapped(rank: int, formats: tuple[bool, bool]) -> tuple[Tensor, bool, bool]:
-    """What arrives, whether it is channels-last, and whether what was sent was the tensor itself."""
+    """(What arrives, whether it is channels-last, whether the tensor itself was sent)."""
     with process_group():
         x = maps(rank, formats[rank])
         transfer = Transfer([x], GroupLink(dist.group.WORLD))
@@ -52,7 +54,7 @@ def swapped(rank: int, formats: tuple[bool, bool]) -> tuple[Tensor, bool, bool]:
     [(False, False), (True, True), (True, False)],
     ids=["contiguous", "channels last", "one of each"],
 )
-def test_maps_arrive_right_in_the_format_of_what_was_sent_and_leave_uncopied_in_channels_last(
+def test_maps_arrive_in_the_format_of_what_was_sent(
     formats,
 ) -> None:
     for rank, (y, last, itself) in enumerate(run(swapped, 2, formats)):
@@ -88,7 +90,7 @@ def test_bf16_on_the_wire_halves_the_bytes_but_the_logits_and_stays_close() -> N
     ):
         assert values == values2
         assert {key: (1 if key[1] == "fc8" else 2) * count for key, count in size2.items()} == size
-        # bfloat16 has 8 bits: 2^-9 relative for what crosses; DESIGN's row of reduced precision is 2e-2
+        # bfloat16 has 8 bits, 2^-9 relative for what crosses; 2e-2 is for reduced precision
         assert 0 < (logits2 - logits).abs().max() < 2e-2 * logits.abs().max()
         for name, gradient in gradients.items():
             assert (gradients2[name] - gradient).norm() < 2e-2 * gradient.norm(), name
@@ -129,3 +131,25 @@ def test_the_meter_tells_waiting_from_what_is_hidden_behind_work() -> None:
     (waited, under_way), (waited_late, under_way_late) = run(late_peer, 2)
     assert 0.2 < waited <= under_way  # its peer was 0.3 s late, and it had nothing else to do
     assert waited_late < 0.15 and under_way_late >= 0.2  # all was there when it asked
+
+
+def late_peer_on_gpus(rank: int) -> tuple[float, float]:
+    torch.cuda.set_device(rank)
+    with process_group(backend="nccl"):
+        link = GroupLink(dist.group.WORLD)
+        link.start_exchange("conv3", [torch.ones(2, 3, device="cuda")])()  # connects
+        torch.cuda.synchronize()
+        link.meter.times_device = True
+        if rank == 1:
+            time.sleep(0.3)
+        link.start_exchange("conv3", [torch.ones(2, 3, device="cuda")])()
+        torch.cuda.synchronize()
+        link.meter.resolve_device_times()
+        return link.meter.exposed_seconds[TRAINING], link.meter.in_flight_seconds[TRAINING]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_under_nccl_the_meter_sees_the_gpu_wait_for_a_late_peer() -> None:
+    (waited, in_flight), (waited_late, _) = run(late_peer_on_gpus, 2)
+    assert 0.2 < waited <= in_flight and waited_late < 0.15

@@ -180,18 +180,18 @@ def test_one_ranks_bad_number_stops_all_before_the_step_and_is_saved_as_nobodys_
         (
             torch.zeros(8, 1, 67, 67),
             torch.zeros(8).long(),
-            r"\(4, 1, 67, 67\).*repeat a gray channel three times",
+            r"images \(4, 1, 67, 67\).*repeat the gray channel",
         ),
-        (torch.zeros(8, 4, 67, 67), torch.zeros(8).long(), "alpha channel"),
+        (torch.zeros(8, 4, 67, 67), torch.zeros(8).long(), "leave the fourth channel out"),
         (
             torch.zeros(8, 3, 64, 64),
             torch.zeros(8).long(),
-            "64x64 pixels; this network takes 67x67",
+            r"images \(4, 3, 64, 64\): this network reads \(N, 3, 67, 67\)",
         ),
         (
             torch.zeros(8, 3, 67, 67, dtype=torch.uint8),
             torch.zeros(8).long(),
-            "torch.uint8; floating point is needed",
+            "images are torch.uint8",
         ),
         (
             torch.zeros(8, 3, 67, 67),

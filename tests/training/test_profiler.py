@@ -3,10 +3,13 @@
 import json
 import re
 
+import torch
 from ranks import run as on_ranks
 
 from alexnet_mp import preset
-from alexnet_mp.training.profiler import TIMED, TRACED, WARM_UP, Times, table
+from alexnet_mp.parallel.context import ParallelContext
+from alexnet_mp.parallel.launcher import Environment
+from alexnet_mp.training.profiler import TIMED, TRACED, WARM_UP, Profiler, Times, table
 from alexnet_mp.training.run import run
 
 STEPS = WARM_UP + TIMED + TRACED
@@ -67,3 +70,42 @@ def test_shares_are_of_the_main_ranks_median_step() -> None:
         [Times(9.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0)],
     ]
     assert columns(table(ranks).splitlines()[-1]) == [100.0, 50.0, 25.0, 12.5, 0.0, 12.5, 12.5]
+
+
+def test_the_table_says_that_hidden_is_no_part_beside_compute() -> None:
+    text = table([[Times(4.0, 2.0, 1.0, 0.5, 0.0, 0.5, 0.5)]])
+    assert "hidden lies inside compute" in text and max(map(len, text.splitlines())) < 115
+
+
+class FakeDevice:
+    """Counts how often the device is waited for, and when."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.waits = 0
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+
+    def wait(self, device) -> None:
+        self.waits += 1
+
+
+def test_on_cuda_a_batch_is_timed_between_two_waits_for_the_device(monkeypatch) -> None:
+    context = ParallelContext(Environment(), torch.device("cuda"), (0,))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    device = FakeDevice(monkeypatch)
+    profiler = Profiler(optimizer, context)
+    assert context.meter.times_device
+    batches, seen = iter(profiler.watching([1, 2])), []
+    for _ in batches:
+        seen.append(device.waits)
+    assert (
+        seen == [3, 5] and device.waits == 7
+    )  # one as the step began, two a batch, two at the end
+    profiler._end()
+    next(iter(profiler.watching([1])))
+    assert device.waits == 7 and not context.meter.times_device
+
+
+def test_a_loader_that_gives_none_is_not_at_its_end() -> None:
+    context = ParallelContext(Environment(), torch.device("cpu"), (0,))
+    profiler = Profiler(torch.optim.SGD([torch.zeros(1)], lr=0.1), context)
+    assert list(profiler.watching([1, None, 2])) == [1, None, 2]

@@ -17,7 +17,8 @@ from small_nets import SMALL
 
 import alexnet_mp
 from alexnet_mp import AlexNet, Config
-from alexnet_mp.cli.parser import UsageError, parse_train
+from alexnet_mp.cli.flags import UsageError
+from alexnet_mp.cli.parser import parse_train
 from alexnet_mp.parallel.rendezvous import code_version
 from alexnet_mp.training import checkpoint, run_messages
 from alexnet_mp.training import trainer as trainer_module

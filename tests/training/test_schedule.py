@@ -1,5 +1,7 @@
 """Schedules and early stopping: what they do to the rates, epoch by epoch."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -44,7 +46,7 @@ def test_biases_with_a_rate_of_their_own_keep_it_on_a_plateau() -> None:
     assert rates(optimizer)["rest", "weight"] < 0.01 and rates(optimizer)["rest", "bias"] == 0.02
 
 
-def test_log_follows_net_145_over_90_epochs() -> None:
+def test_the_2012_schedule_follows_net_145_over_90_epochs() -> None:
     schedule, optimizer = made(schedule="2012", epochs=90, bias_lr=0.02)
     table = {
         0: (1e-2, 1e-2),
@@ -69,7 +71,7 @@ def test_log_follows_net_145_over_90_epochs() -> None:
         assert schedule.noise_off == (epoch >= 67)
 
 
-def test_log_follows_the_epochs_that_it_is_given() -> None:
+def test_the_2012_schedule_follows_the_epochs_that_it_is_given() -> None:
     schedule, optimizer = made(
         schedule="2012", epochs=90, schedule_epochs=(20, 48, 66, 72, 79)
     )  # the half net's
@@ -97,7 +99,7 @@ def test_epochs_out_of_order_are_refused(epochs: tuple) -> None:
         RecipeConfig(schedule_epochs=epochs)
 
 
-def test_log_scales_to_the_epochs_of_the_run() -> None:
+def test_the_2012_schedule_scales_to_the_epochs_of_the_run() -> None:
     schedule, optimizer = made(schedule="2012", epochs=9)
     seen = []
     for epoch in range(9):
@@ -106,6 +108,29 @@ def test_log_scales_to_the_epochs_of_the_run() -> None:
     assert seen == pytest.approx(
         [1e-2] * 3 + [1e-3] * 3 + [1e-4] * 2 + [1e-5]
     )  # 25, 51 and 79 of 90 are 2.5, 5.1 and 7.9 of 9
+
+
+def test_the_rates_of_2012_fall_between_epochs_only() -> None:
+    schedule, optimizer = made(schedule="2012", epochs=9)
+    schedule.advance(2.9)  # 25 of 90 is 2.78 of 9
+    assert rates(optimizer)["rest", "weight"] == 1e-2
+    schedule.advance(3.0)
+    assert rates(optimizer)["rest", "weight"] == pytest.approx(1e-3)
+
+
+def test_a_warm_up_rises_linearly_to_the_cosine() -> None:
+    schedule, optimizer = made(schedule="cosine", epochs=100, warmup_epochs=4, lr=0.1)
+    for epoch in (0, 1, 2, 3, 4):
+        schedule.advance(epoch)
+        cosine = 0.1 * (1 + math.cos(math.pi * epoch / 100)) / 2
+        assert rates(optimizer)["rest", "weight"] == pytest.approx(cosine * epoch / 4)
+
+
+def test_a_cosine_stays_at_zero_after_its_end() -> None:
+    schedule, optimizer = made(schedule="cosine", epochs=2, lr=0.1)
+    for epoch in (2, 3):
+        schedule.advance(epoch)
+        assert rates(optimizer)["rest", "weight"] == 0.0
 
 
 def test_cosine_ends_at_zero_and_passes_half_in_the_middle() -> None:

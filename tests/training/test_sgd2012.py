@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from alexnet_mp import SGD2012, preset
+from alexnet_mp.training import sgd2012
 from alexnet_mp.training.sgd2012 import build_optimizer, parameter_groups, set_velocity, velocity_of
 
 
@@ -72,6 +73,16 @@ def test_at_a_constant_rate_it_equals_torchs_sgd_and_after_a_drop_it_does_not() 
     # The fifth step still moves by 0.9 of the old velocity, which torch scales down by ten at once.
     velocity = a[3] - a[2]
     assert (a[4] - a[3]) - (b[4] - b[3]) == pytest.approx(0.9 * velocity * (1 - 0.1), rel=1e-10)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_fused_or_not_a_step_is_the_papers_update(fused: bool, monkeypatch) -> None:
+    monkeypatch.setattr(sgd2012, "FUSED", ("cpu",) if fused else ())
+    for momentum in (0.9, 0.0):
+        weight = nn.Parameter(torch.tensor([1.5], dtype=torch.float64))
+        ours = steps(SGD2012([weight], momentum=momentum), weight, GRADIENTS, DROP)
+        expected = scalar_steps(1.5, GRADIENTS, DROP, momentum=momentum)
+        assert ours == pytest.approx(expected, rel=1e-13)
 
 
 def test_a_rate_of_zero_freezes_weights_and_keeps_the_velocity() -> None:

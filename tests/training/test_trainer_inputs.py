@@ -5,6 +5,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -331,7 +332,7 @@ def test_a_compiled_network_trains_as_the_bare_one() -> None:
 
 def test_a_wrapped_network_is_checked_as_the_bare_one() -> None:
     x, y = images(side=64).tensors
-    with pytest.raises(ValueError, match="64x64 pixels; this network takes 67x67"):
+    with pytest.raises(ValueError, match=r"this network reads \(N, 3, 67, 67\)"):
         trainer(nn.DataParallel(AlexNet(TINY))).train([(x, y)], [(x, y)], epochs=1)
 
 
@@ -346,6 +347,55 @@ def test_a_seed_that_changes_nothing_is_said(capsys) -> None:
 def test_without_a_seed_the_masks_are_of_the_networks_own() -> None:
     assert trainer(AlexNet(TINY, seed=7)).seed == 7
     assert trainer(AlexNet(TINY, seed=7), seed=2).seed == 2
+
+
+class Checkpointed(nn.Module):
+    """A network whose forward is run again in backward, as to save memory."""
+
+    def __init__(self, network: AlexNet, reentrant: bool) -> None:
+        super().__init__()
+        self.network, self.reentrant = network, reentrant
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()  # the reentrant kind needs an input with a gradient
+        return torch.utils.checkpoint.checkpoint(self.network, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_repeats_a_pass_with_its_own_masks(reentrant: bool) -> None:
+    x, y = images().tensors
+    results = []
+    for wrapped in (False, True):
+        network = AlexNet(TINY, seed=3)
+        model = Checkpointed(network, reentrant) if wrapped else nn.Sequential(network)
+        one = trainer(model)
+        one.train([(x, y), (x[:4], y[:4])], [(x, y)], epochs=2)
+        assert network.training_passes == 4
+        results.append([value.tolist() for value in network.state_dict().values()])
+    assert results[0] == results[1]
+
+
+def test_each_of_several_passes_before_a_backward_is_repeated_with_its_own_masks() -> None:
+    x, _ = images().tensors
+    gradients = []
+    for wrapped in (False, True):
+        network = AlexNet(TINY, seed=3)
+        model = Checkpointed(network, False) if wrapped else nn.Sequential(network)
+        (model(x[:4]).square().sum() + model(x[4:]).exp().sum()).backward()
+        gradients.append([p.grad.tolist() for p in network.parameters()])
+    assert gradients[0] == gradients[1]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_hooks_of_the_user_see_each_pass_and_change_nothing() -> None:
+    x, y = images().tensors
+    bare, hooked, seen = trainer(AlexNet(TINY, seed=3)), trainer(AlexNet(TINY, seed=3)), []
+    hooked.model.register_forward_hook(lambda *_: seen.append("forward"))
+    hooked.model.register_full_backward_hook(lambda *_: seen.append("backward"))
+    for one in (bare, hooked):
+        one.train([(x, y)], [(x, y)], epochs=1)
+    assert seen == ["forward", "backward", "forward"]
+    assert hooked.train_losses == bare.train_losses and hooked.val_losses == bare.val_losses
 
 
 def test_submodules_in_evaluation_mode_stay_in_it() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign_networks import CLASSES, images_for, our_logits, plain_logits, random_network
+from mutated_files import COUNT, check_mutated
 from torchvision.models import alexnet
 
 from alexnet_mp.weights.convert import (
@@ -207,3 +208,11 @@ def test_the_path_of_a_network_is_that_of_its_file(tmp_path) -> None:
     assert read_network_file(str(tmp_path / "a.safetensors")).path == Path(
         tmp_path / "a.safetensors"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["checkpoint", "safetensors", "grouped"])
+def test_a_damaged_file_is_one_line(tmp_path, kind: str) -> None:
+    path = tmp_path / "file"
+    write_network_file(random_network("demo", kernels=(1, 1, 1, 1, 1), hidden=(2, 2)), path, kind)
+    assert check_mutated(path, path.read_bytes()) > COUNT // 4

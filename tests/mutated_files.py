@@ -1,12 +1,11 @@
-"""Files that were damaged in every way: one line each, and no more memory than the file needs."""
+"""Damages files in every way, and checks that each is refused with one line or read."""
 
 import random
+from pathlib import Path
 
-import pytest
 import torch
-from foreign_networks import random_network
 
-from alexnet_mp.weights.convert import read_network_file, write_network_file
+from alexnet_mp.weights.convert import read_network_file
 
 COUNT = 2000
 
@@ -34,7 +33,7 @@ def mutated(content: bytes, generator: random.Random) -> bytes:
     return bytes(data)
 
 
-def check_mutated(path, content: bytes, count: int = COUNT) -> int:
+def check_mutated(path: Path, content: bytes, count: int = COUNT) -> int:
     """How many of `count` mutated files are refused; each of them with one line naming it."""
     errors = []
     for seed in range(count):
@@ -46,11 +45,3 @@ def check_mutated(path, content: bytes, count: int = COUNT) -> int:
             errors.append(str(error))
     assert [error for error in errors if str(path) not in error or "\n" in error] == []
     return len(errors)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["checkpoint", "safetensors", "grouped"])
-def test_a_damaged_file_is_one_line(tmp_path, kind: str) -> None:
-    path = tmp_path / "file"
-    write_network_file(random_network("demo", kernels=(1, 1, 1, 1, 1), hidden=(2, 2)), path, kind)
-    assert check_mutated(path, path.read_bytes()) > COUNT // 4

@@ -1,0 +1,101 @@
+"""Walks folders of image files, in the order of their names, without hidden and circular ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .jif .pjpeg .pjpg .mpo .png .apng .bmp .dib .webp .gif .tif .tiff .avif "
+    ".avifs .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .heic .heif".split()
+)
+DEPTH = 64
+"""Deepest nesting of folders, counted from the root of the file system."""
+SHOWN = 4
+"""Names that one message lists."""
+
+
+def as_text(name: str) -> str:
+    """A file's name as text that can be printed and stored: UTF-8, other bytes as \\xff.
+
+    It is the same in every locale.
+    """
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in `folder`, sorted by name."""
+    with os.scandir(folder) as found:
+        return sorted(found, key=lambda entry: as_text(entry.name))
+
+
+def visible_folders(folder: Path) -> list[str]:
+    """The names of the folders in `folder`, sorted, without hidden ones."""
+    return [e.name for e in sorted_entries(folder) if not is_hidden(e.name) and is_folder(e)]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is hidden: .name, among them AppleDouble's `._photo.jpg`, or __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def is_image(name: str) -> bool:
+    """Whether a name has an image's extension."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link to itself is none."""
+    with contextlib.suppress(OSError):
+        return entry.is_dir()
+    return False
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):
+        return entry.is_file()
+    return False
+
+
+def files_below(
+    folder: Path, inside: str, above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """The files in `folder` and below, in the order of their names, and the subfolder of each.
+
+    Hidden folders and links to a folder above come as if they were files, to be counted.
+    """
+    # A link to the split's own folder would bring images of other classes.
+    folders = [folder] if above else [*folder.resolve().parents, folder]
+    above = (*above, *((status.st_dev, status.st_ino) for status in map(os.stat, folders)))
+    for entry in sorted_entries(folder):
+        if not is_hidden(entry.name) and is_folder(entry) and not _is_above(entry, above):
+            if len(above) > DEPTH:
+                raise ValueError(f"{entry.path}: more than {DEPTH} folders within each other")
+            yield from files_below(Path(entry.path), f"{inside}{entry.name}/", above)
+        else:
+            yield entry, inside
+
+
+def _is_above(entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> bool:
+    status = entry.stat()
+    return (status.st_dev, status.st_ino) in above
+
+
+def image_names(folder: Path) -> list[str]:
+    """The names of the images that lie in `folder` itself, sorted, as text."""
+    return sorted(
+        as_text(name) for name in os.listdir(folder) if is_image(name) and not is_hidden(name)
+    )
+
+
+def flat_images(folder: Path) -> Path:
+    """FOLDER/images where all images of `folder` are there, as in Tiny-ImageNet; else `folder`."""
+    inner = folder / "images"
+    return inner if inner.is_dir() and not any(image_names(folder)) else folder
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of `names`, for a message."""
+    return ", ".join(map(as_text, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
