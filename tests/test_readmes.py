@@ -107,7 +107,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The words in capitals of the READMEs, as folders and files of this test."""
     root = tmp_path_factory.mktemp("readmes")
     for name in ("MINE", "IMAGENET"):
-        make_folder(root / name, ("train", "val"), count=24)
+        make_folder(root / name, ("train", "val"), count=48)
     cat = next((root / "MINE" / "train" / "cat").iterdir())
     found = {name: str(root / name) for name in ("MINE", "IMAGENET", "STORE", "RUN")}
     environment = {"XDG_CACHE_HOME": str(root / "cache")}
