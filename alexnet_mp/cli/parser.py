@@ -211,16 +211,19 @@ def _after_restart(out: str | None) -> str | None:
 
 
 def _with_found_data(config: Config, peek: _Peek) -> Config:
-    """`config`; where --data-dir is given without --data, with the kind of data that is in that
-    folder.
+    """`config`; where --data-dir is given without --data, with the kind of data in that folder.
 
-    Generated images need no folder, so whoever names one means the images in it.
+    Generated images need no folder, so a folder that is named is meant to be trained on. A preset
+    for folders takes a packed one, too.
     """
-    if peek.data_dir is None or peek.data is not None or config.data.data != "shapes":
+    preset_data = config.data.data
+    if peek.data_dir is None or peek.data is not None or preset_data not in ("shapes", "folder"):
         return config
     path = Path(peek.data_dir).expanduser()
     packed = any(path.glob("*/header.json")) or unfinished(path) is not None
     kind = "store" if packed else "folder"
+    if kind == preset_data:
+        return config
     if kind == "folder":
         try:
             find_layout(path)

@@ -163,8 +163,22 @@ class RecipeConfig:
     """Stop after this many epochs without a better validation loss; 0: never."""
     delta: float = 0.0
     """The least improvement that counts for `patience`."""
+    init_from: str = ""
+    """Start from the weights in this file, best.pt of a run or any that `convert` reads, instead of
+    random ones: fine-tuning, with --reset fc8 for other classes."""
+    reset: tuple[str, ...] = ()
+    """Layers, such as fc8, that --init-from leaves out: they are drawn anew."""
+    freeze: tuple[str, ...] = ()
+    """Layers, such as conv1 conv2, that are not trained."""
 
     def __post_init__(self) -> None:
+        for flag, layers in (("reset", self.reset), ("freeze", self.freeze)):
+            for layer in layers:
+                check(layer in LAYERS, f"--{flag} {layer}: not one of {' '.join(LAYERS)}")
+        check(
+            bool(self.init_from) or not self.reset,
+            f"--reset {' '.join(self.reset)}: says which layers --init-from leaves out; name a file",
+        )
         check_not_negative(
             self,
             "epochs",

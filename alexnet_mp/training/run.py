@@ -21,6 +21,7 @@ from alexnet_mp.parallel.context import ParallelContext, describe, init_parallel
 from alexnet_mp.parallel.launcher import restarts
 from alexnet_mp.parallel.rendezvous import code_version
 from alexnet_mp.training import checkpoint, run_messages
+from alexnet_mp.training.fine_tuning import freeze, initialize_from
 from alexnet_mp.training.input_checks import check_alike
 from alexnet_mp.training.metrics import Scores
 from alexnet_mp.training.profiler import Profiler
@@ -136,6 +137,10 @@ class Run:
         self.model = context.build_model(config.model, settings.seed)
         for line in run_messages.ranks(context, self.model, recipe.batch_size):
             self.print_rank0(line)
+        if recipe.init_from and not settings.resume:
+            for line in initialize_from(self.model, recipe.init_from, config, recipe.reset):
+                self.print_rank0(line)
+        freeze(self.model, recipe.freeze, config)
         if settings.compile or settings.cuda_graphs:
             compile_network(self.model, settings.cuda_graphs)
         optimizer = build_optimizer(self.model, recipe)

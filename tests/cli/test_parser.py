@@ -94,7 +94,15 @@ def test_a_mistake_is_one_line_that_names_the_flag_or_value(
 @pytest.fixture
 def checkpoint_file(tmp_path):
     config = preset("paper").with_fields(
-        lr=0.02, batch_size=32, seed=7, classes=3, device="cuda", threads=3, max_steps=10
+        lr=0.02,
+        batch_size=32,
+        seed=7,
+        classes=3,
+        device="cuda",
+        threads=3,
+        column_ranks=1,
+        profile=True,
+        max_steps=10,
     )
     path = tmp_path / "last.pt"
     torch.save(
@@ -126,7 +134,8 @@ def test_resume_continues_the_checkpoints_configuration_on_this_machine(checkpoi
             7,
         )
         assert config.recipe.epochs == 120 and config.recipe.max_steps == 0
-        assert (config.run.device, config.run.threads) == ("auto", 0)
+        assert (config.run.device, config.run.threads, config.run.column_ranks) == ("auto", 0, 0)
+        assert not config.run.profile
         assert (config.run.resume, config.run.out) == (
             str(checkpoint_file),
             str(checkpoint_file.parent),
@@ -222,6 +231,16 @@ def test_a_data_dir_alone_is_taken_as_it_is(tmp_path, capsys, path: str, kind: s
     assert capsys.readouterr().out == f"--data-dir {tmp_path}: taken as --data {kind}\n"
 
 
+def test_a_preset_for_folders_takes_a_packed_one_too(tmp_path, capsys) -> None:
+    assert parse_train(["--preset", "photos", "--data-dir", "mine"]).data.data == "folder"
+    assert capsys.readouterr().out == ""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "header.json").touch()
+    config = parse_train(["--preset", "photos", "--data-dir", str(tmp_path)])
+    assert config.data.data == "store"
+    assert capsys.readouterr().out == f"--data-dir {tmp_path}: taken as --data store\n"
+
+
 def test_a_data_dir_alone_that_is_not_there_is_refused(tmp_path) -> None:
     with pytest.raises(UsageError, match=f"^--data-dir {tmp_path}/none: .*--data says what else"):
         parse_train(["--data-dir", str(tmp_path / "none")])
@@ -261,3 +280,8 @@ def test_a_resumed_run_may_change_these_fields_and_no_others() -> None:
         words = f"--{name.replace('_', '-')} another: last.pt was trained with"
         assert name in free or words in refusal
     assert free == {"epochs", "max_steps", "patience", "delta", "data_dir", "cache_dir"}
+
+
+def test_a_resumed_run_may_go_on_in_another_folder(checkpoint_file, tmp_path) -> None:
+    config = parse_train(["--resume", str(checkpoint_file), "--out", str(tmp_path / "new")])
+    assert (config.run.resume, config.run.out) == (str(checkpoint_file), str(tmp_path / "new"))

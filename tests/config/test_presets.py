@@ -78,6 +78,9 @@ FREE = {
     "warmup_epochs",  # not of the recipe
     "on_error",
     "shuffle",
+    "init_from",
+    "reset",
+    "freeze",
     "mean_values",  # of other programs' networks
     "deviations",
     "color_order",

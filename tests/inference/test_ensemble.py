@@ -478,3 +478,35 @@ def test_networks_that_cannot_be_averaged_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ValueError, match=rf"odd/last.pt: .*{words}"):
         evaluate_checkpoints(asked(trained, changed(trained, tmp_path / "odd", change)))
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, "fp32"), ("bf16", "bf16")])
+def test_the_precision_that_is_asked_for_is_computed_in(trained, asked, expected) -> None:
+    request = Networks((str(trained / "last.pt"),), precision=asked, threads=1)
+    ensemble, seen = EnsembleRunner(request), []
+    assert ensemble.precision == ensemble.config.run.precision == expected
+    fc7 = ensemble.model.networks[0].columns["0"].fc7
+    fc7.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    ensemble.probabilities(torch.zeros(1, 3, 76, 76, dtype=torch.uint8))
+    assert seen[-1] == {"fp32": torch.float32, "bf16": torch.bfloat16}[expected]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(0, SMALL.recipe.batch_size), (7, 7)])
+def test_the_batch_size_that_is_asked_for_is_read(trained, monkeypatch, asked, expected) -> None:
+    sizes, loader = [], EnsembleRunner.loader
+
+    def recorded(self: EnsembleRunner, store: Store, batch_size: int) -> Loader:
+        sizes.append(batch_size)
+        return loader(self, store, batch_size)
+
+    monkeypatch.setattr(EnsembleRunner, "loader", recorded)
+    networks = Networks((str(trained / "last.pt"),), threads=1)
+    evaluate_checkpoints(EvaluateRequest(networks, batch_size=asked, limit_test=12))
+    assert sizes == [expected]
+
+
+def test_the_average_and_the_weights_that_are_asked_for_are_taken(trained) -> None:
+    files = (str(trained / "last.pt"), str(trained / "best.pt"))
+    request = Networks(files, (1.0, 3.0), average="logits", ten_crop=True, threads=1)
+    model = EnsembleRunner(request).model
+    assert model.average == "logits" and model.weights[1] == 3 * model.weights[0]

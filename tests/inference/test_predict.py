@@ -1,6 +1,7 @@
 """Prediction for files: names that are no files are refused, each with the way out."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from alexnet_mp.cli import predict as predict_command
 from alexnet_mp.cli.parser import parse_predict
 from alexnet_mp.config import preset
+from alexnet_mp.inference import predict as predict_module
 from alexnet_mp.inference.load_network import TrainedNetwork, best_classes
 from alexnet_mp.inference.predict import _read
 
@@ -46,3 +48,22 @@ def test_a_file_that_cannot_be_read_makes_the_exit_code_2(monkeypatch, capsys) -
     assert predict_command.predict([*arguments, "1"]) == 0
     assert predict_command.predict([*arguments, "2"]) == 2
     assert capsys.readouterr().err == "error: b.png: an empty file\n"
+
+
+def test_an_answer_belongs_to_its_file_though_others_cannot_be_read(monkeypatch) -> None:
+    """Each image of this test is filled with the number of its class."""
+
+    def read(file: str, network: TrainedNetwork) -> torch.Tensor | str:
+        name = file.removesuffix(".png")
+        return torch.full((3, 4, 4), int(name)) if name.isdigit() else "an empty file"
+
+    def probabilities(images: torch.Tensor) -> torch.Tensor:
+        return torch.eye(4)[images[:, 0, 0, 0]]
+
+    monkeypatch.setattr(predict_module, "_read", read)
+    ensemble = SimpleNamespace(probabilities=probabilities, first=SimpleNamespace(classes="abcd"))
+    files = ["2.png", "broken.png", "0.png", "other.png", "3.png"]
+    answers = list(predict_module._predict_batch(ensemble, files, top=1))
+    assert [answer["file"] for answer in answers] == files
+    best = [answer["top"][0]["class"] if "top" in answer else answer["error"] for answer in answers]
+    assert best == ["c", "an empty file", "a", "an empty file", "d"]

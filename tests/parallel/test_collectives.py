@@ -1,4 +1,4 @@
-"""What ranks tell each other between steps, on four ranks of two simulated hosts."""
+"""Sums, gathers and work for all between steps, on four ranks of two simulated hosts."""
 
 import dataclasses
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run
 
 from alexnet_mp.config import Config, RunConfig
@@ -121,6 +122,30 @@ def test_every_rank_gets_rank_0s_result() -> None:
 )
 def test_every_rank_gets_rank_0s_error(kind: str, message: str) -> None:
     assert run(on_rank0, 2, kind) == [(kind, message)] * 2
+
+
+def leave_at_once(rank: int) -> str:
+    """Rank 0 closes its connections as soon as its work has failed, before rank 1 looks."""
+
+    def work() -> None:
+        raise ValueError("x.jpg: not an image")
+
+    def attempt(context: ParallelContext) -> str:
+        time.sleep(0.5 * rank)
+        try:
+            context.run_on_rank0(work)
+        except ValueError as error:
+            if rank == 0:
+                dist.destroy_process_group()
+                context.control = None
+            return str(error)
+        return "no error"
+
+    return connected(attempt)
+
+
+def test_an_error_arrives_though_rank_0_ends_at_once() -> None:
+    assert run(leave_at_once, 2) == ["x.jpg: not an image"] * 2
 
 
 def once_per_host(rank: int, folder: Path, fails_on: int) -> str:

@@ -159,6 +159,11 @@ def test_the_first_cause_is_every_ranks(store) -> None:
     assert first.cause() == second.wait_for_cause(0) == "rank 1: no space left"
 
 
+def test_of_ranks_with_the_same_cause_one_prints_it(store) -> None:
+    assert heart(store, 0).post("step 5: the loss is not finite")[0] is True
+    assert heart(store, 1).post("step 5: the loss is not finite")[0] is False
+
+
 def test_without_a_store_a_cause_is_printed_once() -> None:
     alone = heart(None)
     assert alone.post("lost") == (True, "lost")

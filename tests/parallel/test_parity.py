@@ -75,7 +75,7 @@ def batches(sizes: list[int], dtype: torch.dtype, image_size: int = 67) -> list[
 
 @dataclass
 class Outcome:
-    """What one placement computed."""
+    """The results of one placement."""
 
     logits: list[Tensor] = field(default_factory=list)  # of every step
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step, canonical

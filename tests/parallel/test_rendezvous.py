@@ -1,4 +1,4 @@
-"""How ranks meet: who shares a host, what must agree, and which backend serves all."""
+"""Ranks that meet: shared hosts, fields that must agree, the backend for all."""
 
 import dataclasses
 import json
@@ -109,6 +109,30 @@ def test_a_rank_with_another_value_is_refused_on_all_ranks(changes: dict, words:
 @pytest.mark.parametrize("changes", [{"threads": 3}, {"workers": 2}, {"device": "cpu"}])
 def test_each_rank_may_have_its_own_threads_and_workers(changes: dict) -> None:
     assert meet(Config(), Config().with_fields(**changes)) == ["gloo", "gloo"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("device", "cuda", "is a GPU hidden from one of them?"),
+        ("torch", "1.0", "torch: "),
+        ("code", "0123", "is it installed twice?"),
+    ],
+)
+def test_another_device_or_version_is_named_with_a_hint(name: str, value: str, hint: str) -> None:
+    alike = {
+        "device": "cpu",
+        "torch": torch.__version__,
+        "code": rendezvous.code_version(),
+        "host": "a",
+        "gpu": "",
+        "mig": False,
+        "config": common_fields(Config()),
+    }
+    of_rank1 = json.loads(json.dumps(alike | {name: value}))
+    (refusal,) = meet(Config(), Config(), **of_rank1)
+    assert refusal.startswith(f"rank 1 differs from rank 0 in {name}: ")
+    assert f"{value} on rank 1" in refusal and hint in refusal
 
 
 def test_a_rank_of_another_version_is_refused_by_name() -> None:

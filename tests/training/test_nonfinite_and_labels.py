@@ -1,4 +1,4 @@
-"""Numbers that are not numbers, labels that are no classes, and runs that learn nothing: noticed on all ranks alike, and said."""
+"""Non-finite numbers, labels outside the classes, runs that learn nothing: noticed on all ranks."""
 
 import copy
 import math
@@ -61,11 +61,13 @@ def trainer(deferred: bool = False, model: nn.Module | None = None, **options) -
     return one
 
 
-def spoil(one: Trainer, at: int, layer: str = "conv4", column: int = 1) -> None:
-    """From now on the gradient of one weight is not a number, in step `at`."""
+def spoil(
+    one: Trainer, at: int, layer: str = "conv4", column: int = 1, value: float = math.nan
+) -> None:
+    """From now on the gradient of one weight is not finite, in step `at`."""
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * float("nan") if one.step + 1 == at else gradient
+        return torch.full_like(gradient, value) if one.step + 1 == at else gradient
 
     getattr(one.model.columns[str(column)], layer).bias.register_hook(hook)
 
@@ -100,7 +102,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_from_before_and_names_
     spoil(one, at)
     with pytest.raises(
         NonFiniteError,
-        match=rf"step {at} \(epoch {(at + 4) // 5}\): the gradient of columns.1.conv4.bias is not finite.*lr 0.05",
+        match=rf"step {at} \(epoch {(at + 4) // 5}\): the gradient of columns.1.conv4.bias is not "
+        r"finite.*lr 0.05",
     ):
         one.train(batches(5), batches(1, seed=9), epochs=2)
     assert (one.step, one.batch) == (at - 1, (at - 1) % 5)
@@ -108,6 +111,35 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_from_before_and_names_
         torch.equal(value, clean.model.state_dict()[name])
         for name, value in one.model.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_gradient_is_as_bad_as_one_that_is_no_number(
+    value: float, deferred: bool
+) -> None:
+    one = trainer(deferred)
+    before = copy.deepcopy(one.model.state_dict())
+    spoil(one, at=1, value=value)
+    with pytest.raises(
+        NonFiniteError, match=r"step 1 \(epoch 1\): the gradient of columns.1.conv4"
+    ):
+        one.train(batches(2), batches(1), epochs=1)
+    assert one.step == 0
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_stops_although_its_gradients_are(value: float) -> None:
+    class Shifted(nn.CrossEntropyLoss):
+        def forward(self, logits, labels):
+            return super().forward(logits, labels) + value
+
+    one = trainer()
+    one.criterion = Shifted()
+    with pytest.raises(NonFiniteError, match=r"step 1 \(epoch 1\): the loss is not finite"):
+        one.train(batches(2), batches(1), epochs=1)
 
 
 def test_a_trainer_that_failed_can_go_on_at_another_rate() -> None:
@@ -226,6 +258,8 @@ def test_a_late_label_outside_the_classes_of_any_module_is_named_instead_of_an_i
     one = trainer(model=model)
     with pytest.raises(ValueError, match="labels from 0 to 7, but the network has 3 classes"):
         one.train(data, data[:1], epochs=1)
+    with pytest.raises(ValueError, match="the training loader gives a dict"):
+        one.train([data[0], {"x": 1}], data[:1], epochs=1)
 
 
 def test_looking_at_a_data_set_beforehand_leaves_random_streams_as_they_were() -> None:

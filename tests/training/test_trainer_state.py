@@ -1,21 +1,25 @@
-"""Which weights the model has when training ends, goes on, is interrupted or is resumed; and what a run saves, and when."""
+"""Which weights a model has when training ends, goes on, is interrupted or is resumed."""
 
 import _thread
 import contextlib
+import copy
 import math
 import signal
 import sys
 
 import pytest
 import torch
+from ranks import run as run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from alexnet_mp import AlexNet, ModelConfig, Trainer, preset
+from alexnet_mp import AlexNet, Config, ModelConfig, RunConfig, Trainer, preset
 from alexnet_mp.data import build_loaders, load
+from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.training.metrics import EpochMetrics, evaluate
-from alexnet_mp.training.schedule import EarlyStopping, build_schedule
+from alexnet_mp.training.schedule import Cosine, EarlyStopping, build_schedule
 from alexnet_mp.training.sgd2012 import SGD2012, build_optimizer
+from alexnet_mp.training.step_sync import Stopped
 
 TINY = ModelConfig(kernels=(4, 4, 4, 4, 4), hidden=(6, 5), classes=3, image_size=67)
 
@@ -35,7 +39,7 @@ def trainer(model: nn.Module | None = None, lr: float = 0.1, **options) -> Train
 
 
 def rough(**options) -> tuple[Trainer, DataLoader, DataLoader]:
-    """A trainer whose rate is so high that its validation loss goes up and down, and its loaders."""
+    """A trainer whose rate makes its validation loss go up and down, and its loaders."""
     generator = torch.Generator().manual_seed(3)
     data = DataLoader(points(24), 6, shuffle=True, generator=generator)
     return trainer(lr=4.0, **options), data, DataLoader(points(12, 1), 6)
@@ -142,7 +146,10 @@ def test_after_an_interrupt_training_goes_on_with_whole_epochs() -> None:
     one.criterion = interrupting(at=6)
     one.train(train, val, 1000)
     assert (one.epoch, one.batch) == (1, 2)
+    counts: list = []
+    one.save_every, one.on_save = 1, lambda: counts.append((one.batch, one.metrics.steps))
     one.train(train, val, 2)
+    assert counts == [(1, 1), (2, 2), (3, 3)] * 2
     assert (one.epoch, one.batch, one.step) == (3, 0, 6 + 8) and len(one.history) == 3
     assert one.history[1]["step"] == 6 + 4  # the second epoch has all of its steps again
 
@@ -193,6 +200,24 @@ def test_an_interrupt_during_validation_goes_on_with_the_validation() -> None:
     assert (one.epoch, one.step, one.history) == (0, 4, [])
     one.train(train, val, 1)
     assert (one.epoch, one.step) == (1, 4) and one.train_losses == whole.train_losses[:1]
+
+
+def test_an_epoch_that_only_lacked_its_validation_has_the_rate_of_its_last_step() -> None:
+    rates = []
+    for stops in (False, True):
+        one, train, val = rough()
+        one.schedule = Cosine(one.optimizer, epochs=3)
+        if stops:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.setattr(one, "scores", raising_stopped)
+                one.train(train, val, 1)
+        one.train(train, val, 1)
+        rates.append(one.history[0]["lr"])
+    assert rates[0] == rates[1] < 4.0
+
+
+def raising_stopped(*_) -> None:
+    raise Stopped
 
 
 def test_a_second_interrupt_ends_at_once_and_leaves_the_best_weights(capsys) -> None:
@@ -359,10 +384,67 @@ def test_sums_of_several_copies_count_once_when_they_are_put_back() -> None:
     state = metrics.state_dict(lambda sums: all_reduce(sums.clone()))
     assert metrics.sums.tolist() == [3, 4, 4, 1]
     copies = [EpochMetrics(torch.device("cpu")) for _ in range(2)]
-    for number, copy in enumerate(copies):
-        copy.load_state_dict(state, first_copy=number == 0)
-    assert sum(copy.sums for copy in copies).tolist() == [6, 8, 8, 2]
-    assert [copy.steps for copy in copies] == [1, 1]
+    for number, one in enumerate(copies):
+        one.load_state_dict(state, first_copy=number == 0)
+    assert sum(one.sums for one in copies).tolist() == [6, 8, 8, 2]
+    assert [one.steps for one in copies] == [1, 1]
+
+
+def on_copies(rank: int, save_every: int) -> list[dict]:
+    """The history of two copies that are saved within epochs and resumed from the last save."""
+    config = Config(model=TINY, run=RunConfig(device="cpu", column_ranks=1))
+    context = init_parallel(config)
+    try:
+        x = torch.randn(16, 3, 67, 67, generator=torch.Generator().manual_seed(rank))
+        labels = torch.arange(16) % 3
+        batches = Skippable([(x[i : i + 4], labels[i : i + 4]) for i in range(0, 16, 4)])
+
+        def made() -> Trainer:
+            model = context.build_model(TINY, 0)
+            return Trainer(
+                model,
+                nn.CrossEntropyLoss(reduction="sum"),
+                torch.optim.SGD(model.parameters(), lr=0.01),
+                "cpu",
+                0,
+                context=context,
+                verbose=False,
+                restore_best_weights=False,
+            )
+
+        states: list = []
+        one = made()
+        one.save_every = save_every
+        one.on_save = lambda: states.append(
+            copy.deepcopy([one.model.state_dict(), one.state_dict()])
+        )
+        one.train(batches, batches[:1], 2)
+        if states:
+            weights, loop = states[-1]  # within the second epoch
+            one = made()
+            one.model.load_state_dict(weights)
+            one.load_state_dict(loop)
+            one.train(batches, batches[:1], 1)
+        return [{k: v for k, v in record.items() if "second" not in k} for record in one.history]
+    finally:
+        context.close()
+
+
+class Skippable(list):
+    """A loader that can leave out the first batches of an epoch."""
+
+    skip = 0
+
+    def set_epoch(self, epoch: int, skip: int) -> None:
+        self.skip = skip
+
+    def __iter__(self):
+        return iter([self[k] for k in range(self.skip, len(self))])
+
+
+def test_copies_that_save_within_epochs_and_resume_have_the_uninterrupted_history() -> None:
+    whole, saved = (run_ranks(on_copies, 2, save_every) for save_every in (0, 1))
+    assert whole[0] == whole[1] == saved[0] == saved[1] and len(whole[0]) == 2
 
 
 def test_sums_of_an_older_checkpoint_are_read() -> None:
