@@ -119,7 +119,7 @@ class Cache:
                 if os.access(folder, os.W_OK):
                     return folder
         raise ValueError(
-            f"none of {', '.join(map(str, self.folders))} can be written: set --cache-dir or "
+            f"{' and '.join(map(str, self.folders))} cannot be written: set --cache-dir or "
             "XDG_CACHE_HOME to a folder with room for the images"
         )
 

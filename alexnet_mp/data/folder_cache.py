@@ -66,7 +66,7 @@ def packed_folder(listing: Listing, split: Split, packing: Packing, cache: Cache
             f"smaller: `launch/pack.py {folder.parent} STORE --encode jpeg`, and train with "
             "--data store --data-dir STORE",
         )
-        cache.print_line(size)
+        cache.print_line(f"the pack takes {size}")
         pack_split(listing, path / split, packing, with_sums=split == "train")
         write_atomically(path / ORIGIN, json.dumps({"folder": str(folder)}))
         _record_times(path, listing)

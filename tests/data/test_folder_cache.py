@@ -105,6 +105,48 @@ def test_files_that_were_left_out_are_compared_by_their_place_too(
     assert levels(again.train) == levels(first.train) and len(first.train) + len(first.val) == 5
 
 
+def test_of_a_large_copied_folder_some_files_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_folder(make_folder(tmp_path / "set", count=20))
+    shutil.copytree(tmp_path / "set", tmp_path / "copy", copy_function=shutil.copyfile)
+    compared: list[Path] = []
+    read = folder_cache.try_read
+    monkeypatch.setattr(folder_cache, "COMPARED", 5)
+    monkeypatch.setattr(
+        folder_cache, "try_read", lambda file: (compared.append(file), read(file))[1]
+    )
+    load_folder(tmp_path / "copy")
+    train = sorted(file for file in compared if "train" in file.parts)
+    assert len(compared) == 10 and len(train) == 5
+    assert {file.parent.name for file in train} == {"cat", "dog"}
+
+
+def test_leaving_bad_files_out_is_not_taken_for_having_all(tmp_path: Path) -> None:
+    root = bitmaps(tmp_path / "set")
+    (root / "train" / "cat" / "1.bmp").write_bytes(b"no image")
+    load_folder(root, on_error="skip")
+    with pytest.raises(ValueError, match=r"cannot read .*1\.bmp"):
+        load_folder(root)
+
+
+def test_a_packed_training_set_brings_the_sums_for_its_statistics(
+    tmp_path: Path, cache: Path
+) -> None:
+    load_folder(make_folder(tmp_path / "set"))
+    assert len(list(cache.glob("folder-*/train/sums.npz"))) == 1
+    assert not list(cache.glob("folder-*/test/sums.npz"))
+
+
+def test_a_start_that_uses_a_set_marks_it_as_used(tmp_path: Path, cache: Path) -> None:
+    root = make_folder(tmp_path / "set")
+    load_folder(root)
+    for pack in cache.glob("folder-*"):
+        os.utime(pack, (10**9, 10**9))
+    load_folder(root)
+    assert all(time.time() - pack.stat().st_mtime < 60 for pack in cache.glob("folder-*"))
+
+
 def test_a_cache_that_is_too_small_names_the_flag_and_a_smaller_way(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +169,7 @@ def test_the_flag_says_where_packs_are_kept(tmp_path: Path, cache: Path) -> None
 
 def test_a_flag_that_names_no_usable_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file/cache can be written: set --cache-dir"):
+    with pytest.raises(ValueError, match=r"file/cache cannot be written: set --cache-dir"):
         load_folder(make_folder(tmp_path / "set"), cache_dir=str(tmp_path / "file" / "cache"))
 
 

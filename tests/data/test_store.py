@@ -133,6 +133,19 @@ def test_statistics_of_a_store_on_disk_are_measured_once(
         )  # other images: not the same numbers
 
 
+def test_statistics_of_every_side_are_kept_in_the_stores_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_store().save(tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    expected = {side: store.statistics(side) for side in (8, 12)}
+    monkeypatch.setattr(store_statistics, "measure", None)
+    for side, statistics in expected.items():
+        again = Store.open(tmp_path / "store").statistics(side)
+        assert torch.equal(again.mean_image, statistics.mean_image)
+        assert torch.equal(again.covariance, statistics.covariance)
+
+
 @pytest.mark.parametrize(
     "damage, name",
     [

@@ -503,3 +503,10 @@ def test_the_batch_size_that_is_asked_for_is_read(trained, monkeypatch, asked, e
     networks = Networks((str(trained / "last.pt"),), threads=1)
     evaluate_checkpoints(EvaluateRequest(networks, batch_size=asked, limit_test=12))
     assert sizes == [expected]
+
+
+def test_the_average_and_the_weights_that_are_asked_for_are_taken(trained) -> None:
+    files = (str(trained / "last.pt"), str(trained / "best.pt"))
+    request = Networks(files, (1.0, 3.0), average="logits", ten_crop=True, threads=1)
+    model = EnsembleRunner(request).model
+    assert model.average == "logits" and model.weights[1] == 3 * model.weights[0]

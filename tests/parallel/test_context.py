@@ -10,6 +10,7 @@ from ranks import run
 from torch.distributed.device_mesh import DeviceMesh
 
 from alexnet_mp.config import Config, ModelConfig, RunConfig
+from alexnet_mp.parallel import context as context_module
 from alexnet_mp.parallel.context import (
     GROUP_TIMEOUT,
     ParallelContext,
@@ -72,6 +73,18 @@ def test_one_rank_holds_all_columns_and_has_no_groups(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="one rank has no groups"):
         _ = context.model_group
     context.close()
+
+
+def test_the_timeout_that_is_asked_for_is_the_heartbeats(monkeypatch) -> None:
+    limits = []
+
+    def start(environment: Environment, timeout: float, status) -> None:
+        limits.append(timeout)
+
+    monkeypatch.setattr(context_module, "start_heartbeat", start)
+    asked = RunConfig(device="cpu", threads=torch.get_num_threads(), timeout=7.0)
+    context = init_parallel(Config(run=asked), Environment())
+    assert limits == [7.0] and context.timeout == 7.0
 
 
 def place_of(rank: int, column_ranks: int, timeout: float) -> tuple:

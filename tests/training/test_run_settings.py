@@ -63,6 +63,14 @@ def test_the_final_test_takes_the_weights_of_the_best_epoch(tmp_path, monkeypatc
     assert result["best_epoch"] == 1 and result["test_loss"] == best != last
 
 
+def test_an_epoch_is_validated_on_the_validation_images(tmp_path) -> None:
+    run(QUICK.with_fields(out=str(tmp_path / "run"), epochs=1))
+    one = prepared(QUICK)
+    checkpoint.load_model(checkpoint.read(tmp_path / "run" / "last.pt"), one.model)
+    losses = [one.trainer.scores(loader).loss for loader in (one.val_loader, one.test_loader)]
+    assert history(tmp_path / "run")[0]["val_loss"] == losses[0] != losses[1]
+
+
 def test_the_seed_reaches_weights_dropout_and_order() -> None:
     one, other = prepared(QUICK, seed=5), prepared(QUICK, seed=6)
     expected = AlexNet(one.config.model, seed=5).state_dict()
@@ -81,6 +89,29 @@ def test_patience_and_delta_reach_the_early_stopping() -> None:
 def test_the_trainer_gets_its_limits_and_its_precision() -> None:
     trainer = prepared(QUICK, max_steps=7, save_every=3, precision="bf16").trainer
     assert (trainer.max_steps, trainer.save_every, trainer.precision) == (7, 3, "bf16")
+
+
+def test_the_recipe_reaches_the_optimizer_and_the_plateau() -> None:
+    trainer = prepared(
+        QUICK,
+        lr=0.03,
+        bias_lr=0.05,
+        momentum=0.7,
+        weight_decay=0.002,
+        bias_decay=False,
+        schedule="plateau",
+        lr_factor=0.3,
+        lr_patience=5,
+        lr_min=1e-4,
+    ).trainer
+    groups = trainer.optimizer.param_groups
+    assert {group["momentum"] for group in groups} == {0.7}
+    settings = {(group["kind"], group["lr"], group["weight_decay"]) for group in groups}
+    assert settings == {("weight", 0.03, 0.002), ("bias", 0.05, 0.0)}
+    plateau = trainer.scheduler
+    assert (plateau.factor, plateau.patience) == (0.3, 5)
+    floors = {group["kind"]: low for group, low in zip(groups, plateau.min_lrs, strict=True)}
+    assert floors == {"weight": 1e-4, "bias": 0.05}
 
 
 def test_no_epochs_still_save_and_test_the_first_weights(tmp_path) -> None:
