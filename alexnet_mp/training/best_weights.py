@@ -33,7 +33,10 @@ class BestWeights:
             self.model.load_state_dict(self.best)
 
     def put_back_last(self) -> bool:
-        """Gives the model its last weights, if `load_best` has taken them. False if it was changed meanwhile: then it stays so."""
+        """Gives the model its last weights, if `load_best` has taken them.
+
+        False if it was changed meanwhile: then it stays so.
+        """
         last, self.last = self.last, None
         if last is None or self.best is None:
             return True
@@ -61,7 +64,10 @@ def copy_of_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def is_same(value: Any, copied: Any) -> bool:
-    """Whether an entry of a state dict is still what was copied. Entries that are no tensors always are."""
+    """Whether an entry of a state dict is still what was copied.
+
+    Entries that are no tensors always are.
+    """
     if not isinstance(value, Tensor):
         return True
     return isinstance(copied, Tensor) and torch.equal(value.detach().cpu(), copied)

@@ -1,4 +1,4 @@
-"""One-time hints about silent failures of our own networks: loss stuck at ln(classes), layers without gradient."""
+"""One-time hints about silent failures: a loss stuck at ln(classes), layers without gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from alexnet_mp.model.alexnet import AlexNet
 NEAR_A_GUESS = 0.005
 """How near the loss is to ln(classes), relatively, where nothing has been learned."""
 FEW_CORRECT = 1.5
-"""Times the share of right answers that guessing gives: a network with more has learned something."""
+"""Times the share of right answers that guessing gives: a network with more has learned something.
+"""
 
 
 class Diagnostics:
@@ -37,9 +38,10 @@ class Diagnostics:
             self._largest = (names, torch.maximum(self._largest[1], norms))
 
     def dead_layers(self) -> dict[int, list[str]]:
-        """Column here -> its layers whose parameters all had a zero gradient in every step since the last call.
+        """Column here -> its layers that no gradient has reached in any step since the last call.
 
-        All units of such a layer are dead. Parameters that do not lie in `columns.<i>.<layer>` are passed over.
+        All units of such a layer are dead. Parameters that do not lie in `columns.<i>.<layer>` are
+        passed over.
         """
         if self._largest is None:
             return {}
@@ -59,7 +61,10 @@ class Diagnostics:
     def after_epoch(
         self, epoch: int, loss: float, top1: float, dead: dict[int, list[str]]
     ) -> list[str]:
-        """Lines to print. `loss` and `top1` are those of training in `epoch`, `dead` the dead layers of all columns."""
+        """Lines to print.
+
+        `loss` and `top1` are those of training in `epoch`, `dead` the dead layers of all columns.
+        """
         classes = self.classes
         if not self.is_ours or classes < 2:  # one class alone has no gradient anywhere
             return []
@@ -67,15 +72,18 @@ class Diagnostics:
         guess = math.log(classes)
         if abs(loss - guess) <= NEAR_A_GUESS * guess and top1 < FEW_CORRECT / classes:
             lines["guess"] = (
-                f"hint: the training loss of epoch {epoch} is {loss:.4f}, which guessing among {classes} "
-                f"classes gives too (ln {classes} = {guess:.4f}): nothing has been learned yet. If it stays "
+                f"hint: the training loss of epoch {epoch} is {loss:.4f}, which guessing among "
+                f"{classes} classes gives too (ln {classes} = {guess:.4f}): nothing has been "
+                "learned yet. If it stays "
                 f"there, try another learning rate{self._flag('--lr')} or larger initial "
-                f"weights{self._flag('--initial-weights he')}, and see whether the labels fit the images"
+                f"weights{self._flag('--initial-weights he')}, and see whether the labels fit the "
+                "images"
             )
         for column, layers in sorted(dead.items()):
             lines[f"column {column}"] = (
-                f"hint: column {column} is dead in {', '.join(layers)}: no gradient reached a weight there "
-                f"in epoch {epoch}, as its units are all zero; a lower learning rate{self._flag('--lr')}, "
+                f"hint: column {column} is dead in {', '.join(layers)}: no gradient reached a "
+                f"weight there in epoch {epoch}, as its units are all zero; a lower learning "
+                f"rate{self._flag('--lr')}, "
                 f"another seed{self._flag('--seed')} or positive initial "
                 f"biases{self._flag('--initial-biases')} keep units alive"
             )

@@ -1,4 +1,4 @@
-"""The batches of one epoch: from the step on at which it was left, one prepared ahead, on the device, with progress shown."""
+"""The batches of one epoch, on the device, one of them prepared ahead, with progress shown."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _END, _NOT_ASKED = object(), object()  # a loader may give None
 
 
 class EpochBatches:
-    """Iterates over the batches of one epoch of `loader`, but for the first `done` and those without images.
+    """Iterates over one epoch of `loader`, without its first `done` batches and empty ones.
 
         for batch in batches:
             ...                      # forward, backward
-            batches.prefetch()       # the next batch is prepared while the ranks' flags are on their way
+            batches.prefetch()       # prepares the next batch while flags are on their way
             ...                      # update
 
-    `done` is 0 where the loader cannot leave out batches: then the epoch begins again. `length` is None where the
-    loader has none, as over an IterableDataset. `describe` gives the text behind the progress.
+    `done` is 0 where the loader cannot leave out batches: then the epoch begins again. `length` is
+    None where the loader has none, as over an IterableDataset. `describe` gives the text behind the
+    progress.
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class EpochBatches:
         return self._next is _END
 
     def fraction(self, batch: int) -> float:
-        """The part of the epoch that lies before its batch number `batch`; 0 where the length is not known."""
+        """The part of the epoch before its batch number `batch`; 0 if the length is not known."""
         return batch / self.length if self.length else 0.0
 
     def __iter__(self) -> Iterator[LabeledBatch]:
-        """Images are on the device; labels are where the loader left them, to be checked on the CPU."""
+        """Images come on the device; labels as the loader gave them, to be checked on the CPU."""
         while self._next is not _END:
             batch, self._next = unpack_batch(self._next, "training"), _NOT_ASKED
             yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
@@ -96,7 +97,10 @@ class EpochBatches:
 
 
 def set_epoch(loader: Any, epoch: int, skip: int) -> bool:
-    """Tells `loader`, or its sampler, which epoch comes, as shuffling needs it. Returns whether it leaves out `skip` batches."""
+    """Tells `loader`, or its sampler, which epoch comes, as shuffling needs it.
+
+    Returns whether it leaves out `skip` batches.
+    """
     if callable(method := getattr(loader, "set_epoch", None)):
         skips = len(inspect.signature(method).parameters) > 1
         method(*(epoch, skip)[: 1 + skips])

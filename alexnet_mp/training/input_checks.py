@@ -1,7 +1,8 @@
 """Refuses batches that a network cannot take, before the first step.
 
-Later such a batch is an index error, and on CUDA an assertion that ends the context. Only what a loader gives is judged,
-batch by batch; the data set behind it may be changed on the way by samplers, transforms and collate functions.
+Later such a batch is an index error, and on CUDA an assertion that ends the context. Only what a
+loader gives is judged, batch by batch; the data set behind it may be changed on the way by
+samplers, transforms and collate functions.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class LabeledBatch(NamedTuple):
 def unpack_batch(batch: Any, loader: str) -> LabeledBatch:
     """A loader's batch (images, labels, ...) as a LabeledBatch.
 
-    Its attributes `rows` and `first_row` say which part of the global batch it is; without them it is the whole. ValueError,
-    with the name of the `loader`, where it does not have images and labels.
+    Its attributes `rows` and `first_row` say which part of the global batch it is; without them it
+    is the whole. ValueError, with the name of the `loader`, where it does not have images and
+    labels.
     """
     if isinstance(batch, Mapping):
         keys = ", ".join(repr(key) for key in list(batch)[:8])
@@ -94,22 +96,23 @@ def is_empty(batch: Any) -> bool:
 
 def _labels_text(labels: Tensor) -> str:
     return (
-        f"{labels.dtype} of shape {tuple(labels.shape)}; class numbers, one whole number for each image, "
-        "or class probabilities of shape (images, classes) are needed"
+        f"{labels.dtype} of shape {tuple(labels.shape)}; class numbers, one whole number for each "
+        "image, or class probabilities of shape (images, classes) are needed"
     )
 
 
 def check_labels(labels: Tensor, classes: int, loader: str, criterion: Any = None) -> None:
     """ValueError where unpacked labels do not fit `classes` logits.
 
-    Class numbers are looked at on the CPU only: elsewhere that would wait for the device. The number that `criterion`
-    ignores is none.
+    Class numbers are looked at on the CPU only: elsewhere that would wait for the device. The
+    number that `criterion` ignores is none.
     """
     if labels.ndim == 2:
         if labels.shape[1] != classes:
             raise ValueError(
-                f"the {loader} loader's labels are of shape {tuple(labels.shape)}, but the network has "
-                f"{classes} classes: class numbers (images,) or probabilities (images, {classes}) are needed"
+                f"the {loader} loader's labels are of shape {tuple(labels.shape)}, but the network "
+                f"has {classes} classes: class numbers (images,) or probabilities "
+                f"(images, {classes}) are needed"
             )
         return
     if labels.device.type != "cpu" or not len(labels):
@@ -128,12 +131,13 @@ def check_range(lowest: int, highest: int, classes: int, loader: str) -> None:
     """ValueError where labels from `lowest` to `highest` are not within 0 and `classes` - 1."""
     if lowest < 0:
         raise ValueError(
-            f"the {loader} loader has a label {lowest}: classes are numbered from 0 to {classes - 1}"
+            f"the {loader} loader has a label {lowest}: classes are numbered from 0 to "
+            f"{classes - 1}"
         )
     if highest >= classes:
         raise ValueError(
-            f"the {loader} loader has labels from {lowest} to {highest}, but the network has {classes} "
-            f"classes, 0 to {classes - 1}: make it with {highest + 1} classes (--classes "
+            f"the {loader} loader has labels from {lowest} to {highest}, but the network has "
+            f"{classes} classes, 0 to {classes - 1}: make it with {highest + 1} classes (--classes "
             f"{highest + 1}), or number the classes from 0"
         )
 
@@ -159,7 +163,7 @@ def our_network(model: nn.Module) -> AlexNet | None:
 
 
 def check_batch(batch: Any, loader: str, model: nn.Module, criterion: Any = None) -> None:
-    """ValueError where `batch` is not one that `model` can take, as far as that can be told without running it."""
+    """ValueError where `model` cannot take `batch`, as far as that shows without running it."""
     images, labels, *_ = unpack_batch(batch, loader)
     if not len(images):
         return
@@ -176,7 +180,7 @@ def check_batch(batch: Any, loader: str, model: nn.Module, criterion: Any = None
 def check_first_batch(
     batch: Any, model: nn.Module, context: ParallelContext, criterion: Any = None
 ) -> None:
-    """The first batch of training: one that `model` can take, and the same on all ranks that share a network.
+    """Checks that `model` can take the first batch, and that all ranks of a network have the same.
 
     ValueError, on all ranks alike.
     """
@@ -195,8 +199,9 @@ def check_first_batch(
         expected = everywhere[first][1:]
         if batch_there != list(expected):
             raise ValueError(
-                f"rank {rank} was given another first batch than rank {first}, which holds other columns "
-                f"of the same network: images {batch_there[0]}, labels {batch_there[2][:8]} against "
+                f"rank {rank} was given another first batch than rank {first}, which holds other "
+                f"columns of the same network: images {batch_there[0]}, labels "
+                f"{batch_there[2][:8]} against "
                 f"{expected[0]}, {expected[2][:8]}"
             )
 
@@ -211,9 +216,10 @@ def check_loader(
 ) -> None:
     """Looks at what `loader` will give, without taking anything from it.
 
-    Our own loaders have the labels of their store. `peek`: the first batch of a list, and of a DataLoader that can be
-    read again, is looked at now; all random streams stay as they were. Other loaders are judged by what they give.
-    ValueError, on all ranks alike, names the loader and what is wrong.
+    Our own loaders have the labels of their store. `peek`: the first batch of a list, and of a
+    DataLoader that can be read again, is looked at now; all random streams stay as they were. Other
+    loaders are judged by what they give. ValueError, on all ranks alike, names the loader and what
+    is wrong.
     """
     store, classes, first, failure = (
         getattr(loader, "store", None),
@@ -230,7 +236,8 @@ def check_loader(
     try:
         if length_of(loader) == 0:
             raise ValueError(
-                f"the {name} loader has no batches: fewer images than a batch with drop_last, or none at all"
+                f"the {name} loader has no batches: fewer images than a batch with drop_last, or "
+                "none at all"
             )
         if isinstance(store, Store) and classes is not None and len(store.labels):
             check_range(int(store.labels.min()), int(store.labels.max()), classes, name)
@@ -244,7 +251,7 @@ def check_loader(
 
 
 def length_of(loader: Any) -> int | None:
-    """The number of batches, where `loader` knows it: a DataLoader over an IterableDataset has a length that raises."""
+    """The number of batches, or None: over an IterableDataset a DataLoader's len() raises."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
@@ -253,7 +260,7 @@ def length_of(loader: Any) -> int | None:
 
 @contextmanager
 def random_streams_kept() -> Iterator[None]:
-    """Within it the global random streams of Python, NumPy and torch may be drawn from; afterwards they are as before."""
+    """Puts the global random streams of Python, NumPy and torch back to where they were before."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -269,8 +276,8 @@ def check_alike(context: ParallelContext, splits: Splits) -> None:
     for rank, theirs in enumerate(everywhere := context.gather(mine)):
         if theirs != everywhere[0]:
             raise ValueError(
-                f"rank {rank} has other data than rank 0: {theirs[0]} images of {theirs[1]} classes "
-                f"(digest {theirs[2]}), not {everywhere[0][0]} of {everywhere[0][1]} "
+                f"rank {rank} has other data than rank 0: {theirs[0]} images of {theirs[1]} "
+                f"classes (digest {theirs[2]}), not {everywhere[0][0]} of {everywhere[0][1]} "
                 f"({everywhere[0][2]}); do all hosts see the same --data-dir?"
             )
 

@@ -11,10 +11,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def on_interrupt(request_stop: Callable[[], None]) -> Iterator[list[int]]:
-    """Within it a first SIGINT calls `request_stop` and a second raises KeyboardInterrupt. Gives the list of those that came.
+    """A first SIGINT calls `request_stop`, a second raises KeyboardInterrupt.
 
-    Handlers that somebody has installed, as launch/ does, are left alone; so are threads other than the main one, which get
-    no signals.
+    Gives the list of the signals that came. Handlers that somebody has installed, as launch/ does,
+    are left alone; so are threads other than the main one, which get no signals.
     """
     seen: list[int] = []
     main = threading.current_thread() is threading.main_thread()

@@ -1,4 +1,4 @@
-"""How good a network is: mean loss, top-1 and top-5 over images, never over batches; and the table of epochs."""
+"""Mean loss, top-1 and top-5 accuracy, over images and never over batches; the table of epochs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def in_float32(output: Any) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: the tensor itself, its attribute `logits`, or a tuple's first part.
+    """The logits in a model's output: the tensor, its attribute `logits`, or a tuple's first part.
 
     ValueError where there are none of shape (N, classes).
     """
@@ -59,8 +59,9 @@ def logits_of(output: Any) -> Tensor:
 def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """Counts the rows of (N, classes) logits that have their label among the k largest.
 
-    `labels` are class numbers (N,), or class probabilities (N, classes) of which the largest counts. With no more than k
-    classes all rows count. One logit alone is a yes or a no: above 0 for a label above a half.
+    `labels` are class numbers (N,), or class probabilities (N, classes) of which the largest
+    counts. With no more than k classes all rows count. One logit alone is a yes or a no: above 0
+    for a label above a half.
     """
     if labels.ndim == 2 and labels.shape[1] == 1:
         return ((logits > 0) == (labels > 0.5)).sum()
@@ -76,17 +77,21 @@ def is_summed(criterion: Any) -> bool:
 
 
 def loss_of(criterion: Any, output: Any, labels: Tensor) -> Tensor:
-    """The criterion's loss as one number; losses per sample are averaged. ValueError if it gives something else."""
+    """The criterion's loss as one number; losses per sample are averaged.
+
+    ValueError if it gives something else.
+    """
     loss = criterion(output, labels)
     if not isinstance(loss, Tensor):
         raise ValueError(
-            f"the criterion gives {type(loss).__name__}; a tensor with the loss of the batch is needed"
+            f"the criterion gives {type(loss).__name__}; a tensor with the loss of the batch is "
+            "needed"
         )
     return loss.mean() if loss.ndim else loss
 
 
 def first_loss_of(criterion: Any, output: Any, labels: Tensor) -> Tensor:
-    """As `loss_of`; ValueError, in one line, where `criterion` does not take this output with these labels."""
+    """As `loss_of`; ValueError, in one line, where `criterion` does not take these arguments."""
     try:
         loss = loss_of(criterion, output, labels)
     except torch.OutOfMemoryError:
@@ -116,8 +121,8 @@ def described(value: Any) -> str:
 def batch_sums(criterion: Any, loss: Tensor, labels: Tensor) -> list[Tensor | int]:
     """[summed loss, what it is to be divided by for the mean loss, images], of one batch.
 
-    The mean of torch's classification losses is over the labels that are not ignored, each with its class's weight. So is
-    the mean over batches that comes of these sums.
+    The mean of torch's classification losses is over the labels that are not ignored, each with its
+    class's weight. So is the mean over batches that comes of these sums.
     """
     images: Tensor | int = len(labels)
     weight: Tensor | int = images
@@ -131,7 +136,7 @@ def batch_sums(criterion: Any, loss: Tensor, labels: Tensor) -> list[Tensor | in
 
 
 def stack_sums(values: list[Tensor | int], like: Tensor) -> Tensor:
-    """One tensor of numbers that partly lie on a device already, of the type and device of `like`."""
+    """One tensor, of the type and device of `like`, of numbers that partly lie on it already."""
     return torch.stack(
         [
             value.detach().to(like.dtype)
@@ -143,7 +148,10 @@ def stack_sums(values: list[Tensor | int], like: Tensor) -> Tensor:
 
 
 class EpochMetrics:
-    """Sums over the steps of an epoch so far, of this rank's rows. They stay on the device, so that no step waits for them."""
+    """Sums over the steps of an epoch so far, of this rank's rows.
+
+    They stay on the device, so that no step waits for them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.steps, self.gradient_norm, self.seconds = 0, 0.0, 0.0
@@ -178,7 +186,7 @@ class EpochMetrics:
         return loss / weight if weight else 0.0
 
     def state_dict(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """`all_reduce` adds the sums of the other copies of the network; the state is that of all of them."""
+        """The state of all copies of the network: `all_reduce` adds the other copies' sums."""
         return {
             "steps": self.steps,
             "grad_norm": self.gradient_norm,
@@ -209,12 +217,13 @@ def evaluate(
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     name: str = "evaluation",
 ) -> Scores:
-    """Scores of `model` on batches (images, labels, ...), with no dropout and no augmentation of its own.
+    """Scores of `model` in evaluation mode on batches (images, labels, ...).
 
-    `criterion` gives the mean loss of a batch (default: cross-entropy), or its sum where its `reduction` says so. `reduce`
-    adds this rank's sums (float64, CPU) to those of the others and corrects for copies. Each submodule is left in the mode,
-    training or evaluation, in which it was. ValueError, with the `name` of the loader, if there are no images, or a batch
-    is not one of a classifier.
+    `criterion` gives the mean loss of a batch (default: cross-entropy), or its sum where its
+    `reduction` says so. `reduce` adds this rank's sums (float64, CPU) to those of the others and
+    corrects for copies. Each submodule is left in the mode, training or evaluation, in which it
+    was. ValueError, with the `name` of the loader, if there are no images, or a batch is not one of
+    a classifier.
     """
     criterion = nn.CrossEntropyLoss(reduction="sum") if criterion is None else criterion
     sums = torch.zeros(5, dtype=torch.float64)  # loss, its weight, images, top-1, top-5
@@ -240,7 +249,7 @@ def evaluate(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model evaluates; afterwards each submodule has the mode that it had, frozen ones too."""
+    """Evaluation mode; afterwards each submodule has the mode that it had, frozen ones too."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

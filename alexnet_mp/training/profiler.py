@@ -1,6 +1,7 @@
-"""Where a training step's time goes: `--profile` watches the first steps of a run from outside and traces a few more.
+"""Where a training step's time goes: `--profile` times the first steps of a run, traces some more.
 
-The loop does not know of it: the loader is wrapped, the optimizer has hooks, the meter counts the waits for a peer.
+The loop does not know of it: the loader is wrapped, the optimizer has hooks, the meter counts the
+waits for a peer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ _END = object()
 
 @dataclass
 class Times:
-    """Seconds of one step on one rank. All but `hidden`, which lies inside `compute`, add up to `step`."""
+    """Seconds of one step on one rank.
+
+    All but `hidden`, which lies inside `compute`, add up to `step`.
+    """
 
     step: float
     compute: float  # forward, backward, and all that is not named here
@@ -38,10 +42,10 @@ class Times:
 
 
 class Profiler:
-    """Times `TIMED` steps after a warm-up, then traces `TRACED`; `report` is for all ranks together.
+    """Times `TIMED` steps after a warm-up, then traces `TRACED`; `report` covers all ranks.
 
-    On CUDA it waits for the device wherever a part of a step begins or ends; otherwise one part's work would be found in the
-    next part's time.
+    On CUDA it waits for the device wherever a part of a step begins or ends; otherwise one part's
+    work would be found in the next part's time.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, context: ParallelContext) -> None:
@@ -114,7 +118,7 @@ class Profiler:
             self.traced = True
 
     def report(self, folder: Path) -> str:
-        """Writes this rank's trace into `folder`; returns the table of all ranks' steps, or why there is none. Every rank calls it."""
+        """Writes this rank's trace into `folder`; returns the table. All ranks call it."""
         self._end()
         ranks = [
             [Times(*values) for values in times]
@@ -122,8 +126,8 @@ class Profiler:
         ]
         if not ranks[0]:
             return (
-                f"--profile: nothing to show, the run had {self.steps} steps and {WARM_UP} warm up; more "
-                "need --epochs or --max-steps"
+                f"--profile: nothing to show, the run had {self.steps} steps and {WARM_UP} warm "
+                "up; more need --epochs or --max-steps"
             )
         if self.trace is None or not self.traced:
             return f"{table(ranks)}\nno trace: that takes {WARM_UP + TIMED + TRACED} steps"
@@ -158,12 +162,11 @@ class WatchedLoader:
 
 
 def table(ranks: list[list[Times]]) -> str:
-    """Milliseconds per step of rank 0, then medians of every rank, then each part's share of rank 0's median step."""
+    """Milliseconds of rank 0's steps, each rank's medians, each part's share of rank 0's median."""
     names = [field.name for field in fields(Times)]
     lines = [
-        "The exchange is exposed while a rank waits for it, and hidden while the rank computes: hidden lies "
-        "inside compute,",
-        "the other parts add up to a step.",
+        "The exchange is exposed while a rank waits for it, hidden while the rank computes:",
+        "hidden lies inside compute; the other parts add up to a step.",
         "milliseconds".ljust(16) + "".join(name.rjust(11) for name in names),
     ]
     lines += [line(f"step {WARM_UP + 1 + i}", times) for i, times in enumerate(ranks[0])]

@@ -1,7 +1,8 @@
 """When the learning rate falls, and when training stops.
 
-Every schedule has `advance(epoch)` before each step (epochs count from 0; 1.5 is the middle of the second), `end_step()`,
-`end_epoch(validation_loss)`, and a `state_dict`. All ranks hold one each and feed it the same numbers, so they decide alike.
+Every schedule has `advance(epoch)` before each step (epochs count from 0; 1.5 is the middle of the
+second), `end_step()`, `end_epoch(validation_loss)`, and a `state_dict`. All ranks hold one each and
+feed it the same numbers, so they decide alike.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ SCHEDULE_2012_EPOCHS = 90  # of which RecipeConfig.schedule_epochs are counted (
 
 
 class EarlyStopping:
-    """Stops when the validation loss has not improved for `patience` evaluations in a row (the tutorial's class).
+    """Stops when the validation loss has not improved in `patience` evaluations (the tutorial's).
 
-    Call it with the loss after each epoch; `early_stop` says whether to stop. An improvement lowers the best loss
-    by at least `delta`, and by more than nothing: an equal loss is none. An improvement resets the count.
+    Call it with the loss after each epoch; `early_stop` says whether to stop. An improvement lowers
+    the best loss by at least `delta`, and by more than nothing: an equal loss is none. An
+    improvement resets the count.
 
         stopping = EarlyStopping(patience=7)
         for loss in val_losses:
@@ -95,8 +97,9 @@ class LRSchedule:
 class TorchSchedule(LRSchedule):
     """Any scheduler of torch.optim.lr_scheduler, which takes a step at the end of each epoch.
 
-    ReduceLROnPlateau is given the validation loss. OneCycleLR and CyclicLR count steps of the optimizer, so they take one
-    after each of these; `every_step` says it of others (a LambdaLR, say, that was written so).
+    ReduceLROnPlateau is given the validation loss. OneCycleLR and CyclicLR count steps of the
+    optimizer, so they take one after each of these; `every_step` says it of others (a LambdaLR,
+    say, that was written so).
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class TorchSchedule(LRSchedule):
 
 
 class Plateau(TorchSchedule):
-    """Divides the rate where the validation loss stops improving, as was done by hand in 2012 (paper, section 5).
+    """Divides the rate where the validation loss stops improving, as in 2012 by hand (paper, 5).
 
     Biases that have a rate of their own keep it.
     """
@@ -154,11 +157,12 @@ class Plateau(TorchSchedule):
 
 
 class Schedule2012(LRSchedule):
-    """The epochs at which a net's rates were changed by hand in 2012, from its log, scaled from 90 epochs to `epochs`.
+    """The rates of a net of 2012, changed by hand at epochs of its log, scaled from 90 to `epochs`.
 
-    `at` are the five of RecipeConfig.schedule_epochs: the rate is divided by ten at the first, second and fifth. From the third
-    on conv1 learns at 1e-5 of 1e-2 and the color noise is gone, from the fourth on conv1 is frozen, its biases too; other biases
-    keep their rate. Source: the log in LP145 (config/presets.py names the files).
+    `at` are the five of RecipeConfig.schedule_epochs: the rate is divided by ten at the first,
+    second and fifth. From the third on conv1 learns at 1e-5 of 1e-2 and the color noise is gone,
+    from the fourth on conv1 is frozen, its biases too; other biases keep their rate. Source: the
+    log in LP145 (config/presets.py names the files).
     """
 
     def __init__(
@@ -188,7 +192,9 @@ class Schedule2012(LRSchedule):
 
 
 class Cosine(LRSchedule):
-    """Half a cosine from the first rate to zero over `epochs`, after a linear rise over `warmup` epochs; set before every step.
+    """Half a cosine from the first rate to zero over `epochs`, after a linear rise over `warmup`.
+
+    It is set before every step.
 
     Biases that have a rate of their own keep it.
     """
@@ -223,7 +229,10 @@ def last_reached(steps: tuple[tuple[float, float], ...], at: float, before: floa
 def as_schedule(
     schedule: LRSchedule | LRScheduler | ReduceLROnPlateau | None, optimizer: torch.optim.Optimizer
 ) -> LRSchedule:
-    """`schedule` as an LRSchedule of `optimizer`; None is the tutorial's plateau rule. ValueError if it is no schedule of it."""
+    """`schedule` as an LRSchedule of `optimizer`; None is the tutorial's plateau rule.
+
+    ValueError if it is no schedule of it.
+    """
     if schedule is None:
         return Plateau(optimizer, factor=0.5, patience=3, min_lr=1e-6)
     if isinstance(schedule, LRScheduler | ReduceLROnPlateau):

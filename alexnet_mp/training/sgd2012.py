@@ -17,9 +17,10 @@ FUSED = ("cpu", "cuda")  # devices for which every torch since 2.6 has a fused k
 class SGD2012(torch.optim.Optimizer):
     """v <- momentum * v - weight_decay * lr * w - lr * gradient;  w <- w + v   (paper, section 5).
 
-    torch.optim.SGD keeps lr outside its buffer: equal at a constant lr, but after a drop the 2012 velocity keeps steps
-    of the old size for about ten iterations. A group whose lr is 0 is frozen: no step, no decay, the velocity kept,
-    as in the 2012 source. `gradient` is the mean over the minibatch. Raises ValueError for a negative setting.
+    torch.optim.SGD keeps lr outside its buffer: equal at a constant lr, but after a drop the 2012
+    velocity keeps steps of the old size for about ten iterations. A group whose lr is 0 is frozen:
+    no step, no decay, the velocity kept, as in the 2012 source. `gradient` is the mean over the
+    minibatch. Raises ValueError for a negative setting.
 
         optimizer = SGD2012(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
     """
@@ -47,9 +48,10 @@ class SGD2012(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights or group["lr"] == 0:
                 continue
-            # torch's own kernel, one pass over memory where it is fused, does buffer <- momentum * buffer +
-            # (1 - dampening) * (gradient + weight_decay * w); w <- w - lr * buffer. With lr = 1 and dampening = 1 - our lr
-            # that is the rule above, with the velocity's sign turned. Without momentum it has no buffer and ignores dampening.
+            # torch's own kernel, one pass over memory where it is fused, does buffer <- momentum *
+            # buffer + (1 - dampening) * (gradient + weight_decay * w); w <- w - lr * buffer. With
+            # lr = 1 and dampening = 1 - our lr that is the rule above, with the velocity's sign
+            # turned. Without momentum it has no buffer and ignores dampening.
             momentum, lr = group["momentum"], group["lr"]
             sgd(
                 weights,
@@ -77,9 +79,10 @@ class SGD2012(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module, recipe: RecipeConfig) -> list[dict[str, Any]]:
-    """Four groups: weights and biases, of conv1 and of the rest, which the 2012 schedule treats differently.
+    """Four groups, which the 2012 schedule treats apart: weights and biases, of conv1 and the rest.
 
-    Each carries `layer` (conv1 or rest) and `kind` (weight or bias). A module without a conv1 has the rest only.
+    Each carries `layer` (conv1 or rest) and `kind` (weight or bias). A module without a conv1 has
+    the rest only.
     """
     groups: dict[tuple[str, str], list[nn.Parameter]] = {
         (layer, kind): [] for layer in ("conv1", "rest") for kind in ("weight", "bias")
@@ -112,7 +115,7 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.Optim
 
 
 def velocity_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
-    """The velocity (2012) or momentum buffer (torch) of `parameter`; zeros before its first step."""
+    """The velocity (2012) or momentum buffer (torch) of `parameter`; zeros before a step."""
     state: dict[str, Tensor | None] = optimizer.state.get(parameter, {})
     descent = state.get("descent")
     if descent is not None:

@@ -1,10 +1,13 @@
-"""Makes all ranks agree on each step: whether its numbers are finite, how large its gradient is, whether one rank wants to stop.
+"""Makes all ranks agree on each step: is it finite, how large is its gradient, is one to stop.
 
-The update is taken here, because it depends on that. There are two ways, with the same results bit for bit:
+The update is taken here, because it depends on that. There are two ways, with the same results bit
+for bit:
 
-    at once     the flags travel on the control group while the next batch is prepared, and are read before the update
-    deferred    the flags stay on the device, where a fused optimizer skips the update by itself; they are read one step
-                later, so that no step waits for the device. Needs NCCL, or one rank, and an optimizer that takes `found_inf`.
+    at once     the flags travel on the control group while the next batch is prepared, and are
+                read before the update
+    deferred    the flags stay on the device, where a fused optimizer skips the update by itself;
+                they are read one step later, so that no step waits for the device. Needs NCCL, or
+                one rank, and an optimizer that takes `found_inf`.
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ from alexnet_mp.training.sgd2012 import FUSED, SGD2012
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or a gradient stopped being a number; the weights are those from before that step."""
+    """The loss or a gradient is not finite; the weights are those from before that step."""
 
     step = 0  # the number of that step, counted from 1
 
 
 class Stopped(Exception):
-    """Raised on all ranks when an evaluation is interrupted because one of them is asked to stop."""
+    """Raised on all ranks when an evaluation is interrupted."""
 
 
 @dataclass
@@ -60,10 +63,11 @@ class StepSync:
     """Takes the optimizer's steps, each only if it is finite on every rank.
 
         step_sync.start(...)             # after backward: the flags leave
-        outcome = step_sync.finish()     # the update; the outcome of this step, or, deferred, of the one before
+        outcome = step_sync.finish()     # the update; deferred, the outcome is of the step before
         outcome = step_sync.resolve_pending()
 
-    `deferred` None: where it can be and saves something, which is on CUDA. fp16 needs the outcome at once, for its loss scale.
+    `deferred` None: where it can be and saves something, which is on CUDA. fp16 needs the outcome
+    at once, for its loss scale.
     """
 
     def __init__(
@@ -100,7 +104,8 @@ class StepSync:
     ) -> Step:
         """Sends off the flags of a step whose gradients lie in the parameters.
 
-        The flags are: the squared norm of the gradient, losses that are not finite, requests to stop.
+        The flags are: the squared norm of the gradient, losses that are not finite, requests to
+        stop.
         """
         named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
         norms = (
@@ -141,7 +146,7 @@ class StepSync:
         return wait
 
     def finish(self) -> Outcome | None:
-        """Takes the update of the step that was started. Returns the step's outcome; deferred, the outcome of the step before.
+        """Takes the update of the started step; returns its outcome, or, deferred, the last one's.
 
         NonFiniteError, on all ranks, names step, layer, rank and rate.
         """
@@ -171,8 +176,8 @@ class StepSync:
         if bad_losses or scale.exhausted or not (math.isfinite(squared) or overflow_is_fine):
             self.found_inf.zero_()  # for whoever goes on, at another rate
             error = NonFiniteError(
-                f"step {step.number} (epoch {step.epoch}): {self._culprit(step)} is not finite, so the "
-                f"step was not taken; lr {step.lr:g} may be too high for this network and data"
+                f"step {step.number} (epoch {step.epoch}): {self._culprit(step)} is not finite, so "
+                f"the step was not taken; lr {step.lr:g} may be too high for this network and data"
             )
             error.step = step.number
             raise error
@@ -191,7 +196,7 @@ class StepSync:
             torch._foreach_mul_(gradients, 1 / factor)
 
     def _culprit(self, step: Step) -> str:
-        """Where it began, over all ranks: the loss, else the gradient that backward met first, nearest to the output."""
+        """Where it began, over all ranks: the loss, else the bad gradient nearest to the output."""
         mine: tuple[int, str] = (-1, "")
         if not step.loss.isfinite():
             mine = (len(LAYERS) + 1, "the loss")
@@ -251,7 +256,7 @@ def parameter_name(name: str) -> str:
 
 
 def depth(name: str) -> int:
-    """How far towards the output a parameter lies, by its layer's name; 0 for other modules than ours."""
+    """How far towards the output a parameter lies, by its layer's name; 0 for other modules."""
     return max(
         (number for number, layer in enumerate(LAYERS, 1) if f".{layer}." in f".{name}."), default=0
     )

@@ -1,8 +1,9 @@
 """The training loop: the tutorial's Trainer, which also trains a network that is spread over ranks.
 
-One rank with any module and any DataLoader is the degenerate case of many ranks with columns; there is no second loop.
-All ranks run the same loop on the same numbers, so that every decision (stop, skip, rate) is taken alike. `_train_epoch`
-and `_forward_backward` are the loop of a textbook; what all ranks must agree on before an update is in step_sync.py.
+One rank with any module and any DataLoader is the degenerate case of many ranks with columns; there
+is no second loop. All ranks run the same loop on the same numbers, so that every decision (stop,
+skip, rate) is taken alike. `_train_epoch` is the loop of a textbook; what all ranks must agree on
+before an update is in step_sync.py.
 """
 
 from __future__ import annotations
@@ -65,26 +66,30 @@ if TYPE_CHECKING:
 class Trainer:
     """Trains `model`, watches the validation loss, keeps the best weights.
 
-    The first five arguments are the tutorial's: a module that gives logits, a loss, an optimizer, a device, and the epochs
-    without improvement after which to stop (0: never).
+    The first five arguments are the tutorial's: a module that gives logits, a loss, an optimizer, a
+    device, and the epochs without improvement after which to stop (0: never).
 
-    model: any module. The dropout of an AlexNet, also of one in DataParallel, DistributedDataParallel or torch.compile,
-        is drawn from `seed` (None: the network's own) and the number of the step. Submodules that were put into evaluation
-        mode before training stay in it.
-    criterion: takes (output, labels) and gives the mean loss of a batch, or its sum where its `reduction` is "sum"; with
-        several data ranks it must be the sum, which is divided by the global batch. Losses per sample are averaged.
-    Loaders give batches (images, labels, ...) with class numbers (N,) or, if the criterion takes them, class probabilities
-        (N, classes); accuracy then counts the most probable class. `rows` and `first_row` of a batch, if it has these
-        attributes, are its place in the global batch.
-    schedule: one of ours, or any of torch.optim.lr_scheduler, which steps once an epoch (see TorchSchedule); None: the
-        tutorial's plateau rule.
+    model: any module. The dropout of an AlexNet, also of one in DataParallel,
+        DistributedDataParallel or torch.compile, is drawn from `seed` (None: the network's own) and
+        the number of the step. Submodules that were put into evaluation mode before training stay
+        in it.
+    criterion: takes (output, labels) and gives the mean loss of a batch, or its sum where its
+        `reduction` is "sum"; with several data ranks it must be the sum, which is divided by the
+        global batch. Losses per sample are averaged.
+    Loaders give batches (images, labels, ...) with class numbers (N,) or, if the criterion takes
+        them, class probabilities (N, classes); accuracy then counts the most probable class. `rows`
+        and `first_row` of a batch, if it has these attributes, are its place in the global batch.
+    schedule: one of ours, or any of torch.optim.lr_scheduler, which steps once an epoch (see
+        TorchSchedule); None: the tutorial's plateau rule.
     on_epoch: called with (record, improved) after each epoch, before its line is printed.
     on_save: called within an epoch, every `save_every` steps.
-    restore_best_weights: after `train` the model has the weights of the best epoch. The last ones are kept, and put back
-        when `train` is called again: six calls for one epoch are one call for six.
+    restore_best_weights: after `train` the model has the weights of the best epoch. The last ones
+        are kept, and put back when `train` is called again: six calls for one epoch are one call
+        for six.
     command_line: hints name the flags of the command line.
 
-    `train_losses`, `val_losses` (means over images) and `gradient_norms` (means over steps) have one entry per epoch.
+    `train_losses`, `val_losses` (means over images) and `gradient_norms` (means over steps) have
+    one entry per epoch.
 
         trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, "cpu", patience=7)
         trainer.train(train_loader, val_loader, epochs=50)
@@ -121,8 +126,8 @@ class Trainer:
         self.context = context or ParallelContext(Environment(), self.device, (0,))
         if self.context.data_ranks > 1 and not is_summed(criterion):
             raise ValueError(
-                f"the criterion gives a mean over the batch; {self.context.data_ranks} data ranks need its "
-                'sum (reduction="sum"), as their parts of a batch may differ in size'
+                f"the criterion gives a mean over the batch; {self.context.data_ranks} data ranks "
+                'need its sum (reduction="sum"), as their parts of a batch may differ in size'
             )
         self.replica = self.context.wrap_ddp(self.model)
         self.early_stopping = early_stopping or (EarlyStopping(patience) if patience else None)
@@ -159,12 +164,13 @@ class Trainer:
     # --- the loop
 
     def train(self, train_loader: Any, val_loader: Any, epochs: int) -> list[dict[str, Any]]:
-        """Trains for `epochs` more epochs or until a reason to stop; returns the history, one dictionary per epoch.
+        """Trains for `epochs` more epochs or until a reason to stop; returns the history.
 
-        Ctrl-C (a notebook's "interrupt") ends it after the step, as if that had been the last; a second one raises
-        KeyboardInterrupt at once. Raises ValueError, before the first step, for a loader without batches, with labels or
-        images that the network cannot take, or for a model and a criterion that do not fit; NonFiniteError where the loss
-        or a gradient is not finite: the model then has the weights from before that step.
+        Ctrl-C (a notebook's "interrupt") ends it after the step, as if that had been the last; a
+        second one raises KeyboardInterrupt at once. Raises ValueError, before the first step, for a
+        loader without batches, with labels or images that the network cannot take, or for a model
+        and a criterion that do not fit; NonFiniteError where the loss or a gradient is not finite:
+        the model then has the weights from before that step.
         """
         check_loader(train_loader, "training", self.network, self.context, self.criterion)
         look = self._checked[1] is not val_loader
@@ -216,7 +222,7 @@ class Trainer:
     # --- its parts
 
     def _start_epoch(self, loader: Any) -> EpochBatches:
-        """Sets modes and rates for the rest of the current epoch; its batches, the first of which is one the model can take."""
+        """Sets modes and rates for the rest of the epoch; returns its batches."""
         self._training_mode.set()
         self.schedule.advance(self.epoch)
         self._freeze_conv1()
@@ -241,7 +247,7 @@ class Trainer:
         return batches
 
     def _freeze_conv1(self) -> None:
-        """Takes conv1 out of autograd at the epoch at which the schedule freezes it: no gradient, no step, no decay.
+        """Takes conv1 out of autograd when the schedule freezes it: no gradient, no step, no decay.
 
         Parameters that the user has frozen stay frozen.
         """
@@ -256,7 +262,7 @@ class Trainer:
             self.replica = self.context.wrap_ddp(self.model)
 
     def _start_step(self, rows: int) -> None:
-        """No gradient is left from the step before, also of weights that the optimizer does not have."""
+        """Clears all gradients, also of weights that the optimizer does not have."""
         self.images_seen += rows
         self.context.status = f"step {self.step + 1}"
         self._sent_before = self.context.meter.total_bytes()
@@ -264,7 +270,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _dropout_keys(self, batch: LabeledBatch) -> tuple[Tensor, ...]:
-        """The dropout keys of a batch's rows for our own network; other modules take images only."""
+        """The dropout keys of a batch's rows, for our own network only."""
         if not self._takes_keys:
             return ()
         end = batch.first_row + len(batch.images)
@@ -285,7 +291,8 @@ class Trainer:
     def _share(self, loss: Tensor, rows: int) -> Tensor:
         """This rank's share of the mean loss over the `rows` of the global batch.
 
-        A sum is divided by the whole batch: right for uneven tails too. DDP averages its ranks' gradients, so that is undone.
+        A sum is divided by the whole batch: right for uneven tails too. DDP averages its ranks'
+        gradients, so that is undone.
         """
         return loss / rows * self.context.data_ranks if is_summed(self.criterion) else loss
 
@@ -380,7 +387,7 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the weights behind conv1 (of the last group, for other modules the only one)."""
+        """The learning rate of the weights behind conv1; of other modules, the last group's."""
         groups = self.optimizer.param_groups
         ours = [g for g in groups if g.get("layer") == "rest" and g.get("kind") == "weight"]
         return float((ours or groups)[-1]["lr"])
@@ -425,7 +432,10 @@ class Trainer:
     def _interrupt_text(self) -> str:
         best = f"the best weights, of epoch {self.best['epoch']}"
         weights = "its last weights" if self._weights.best is None else best
-        return f"interrupted after step {self.step}: the model has {weights}; train() goes on from the last"
+        return (
+            f"interrupted after step {self.step}: the model has {weights}; train() goes on "
+            "from the last"
+        )
 
     def _print(self, text: str) -> None:
         """Prints on rank 0. A screen that is gone does not end the training."""
@@ -436,7 +446,10 @@ class Trainer:
     # --- scores and curves
 
     def scores(self, loader: Any, name: str = "evaluation") -> Scores:
-        """Loss, top-1 and top-5 over `loader`, of the weights that the model has now. Raises Stopped if a rank is asked to stop."""
+        """Loss, top-1 and top-5 over `loader`, of the weights that the model has now.
+
+        Raises Stopped if a rank is asked to stop.
+        """
         started, self.context.status = time.perf_counter(), f"{name} after step {self.step}"
         shown = progress(loader, description=name, unit="batches", enabled=self.verbose)
         # In DistributedDataParallel an evaluation would wait for ranks that have fewer batches.
@@ -459,7 +472,10 @@ class Trainer:
         return self.scores(test_loader).loss
 
     def accuracy(self, test_loader: Any) -> float:
-        """The share of `test_loader`'s images whose largest logit is the label's, a fraction of 1."""
+        """The share of `test_loader`'s images whose largest logit is the label's.
+
+        A fraction of 1.
+        """
         return self.scores(test_loader).top1
 
     @property
@@ -478,7 +494,10 @@ class Trainer:
         return [record["grad_norm"] for record in self.history]
 
     def plot_losses(self, window_size: int = 1, path: str | Path | None = None) -> Figure:
-        """Training and validation loss over epochs, smoothed over `window_size`; a matplotlib figure, saved to `path` if given."""
+        """Training and validation loss over epochs, smoothed over `window_size` of them.
+
+        Returns a matplotlib figure, which is saved to `path` if given.
+        """
         from alexnet_mp.plotting.curves import plot_losses  # matplotlib takes a second to import
 
         return plot_losses(self.train_losses, self.val_losses, window_size, path)
@@ -493,7 +512,7 @@ class Trainer:
     # --- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The loop's state in plain containers and tensors; the same on all ranks that hold one copy.
+        """The loop's state in plain containers and tensors, the same on all ranks of one copy.
 
         With `restore_best_weights` the best and the last weights are part of it.
         """

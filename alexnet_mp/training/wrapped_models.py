@@ -1,4 +1,4 @@
-"""Modules as users bring them: inside DataParallel or torch.compile, with layers in evaluation mode, with a forward of their own."""
+"""Modules as users bring them: wrapped, partly in evaluation mode, with a forward of their own."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def takes_dropout_keys(network: nn.Module) -> bool:
-    """Whether it is an AlexNet that is called as one: a subclass may have a forward without keys."""
+    """Whether it is called as an AlexNet: a subclass may have a forward without keys."""
     return isinstance(network, AlexNet) and "keys" in inspect.signature(network.forward).parameters
 
 
 def notes_on(model: nn.Module, seed: int | None) -> list[str]:
-    """What a user should know of how this model will be trained; `seed` is the one that the user gave, if any."""
+    """Notes on how this model will be trained; `seed` is the one that the user gave, if any."""
     notes = []
     if isinstance(model, DistributedDataParallel):
         notes.append(
-            "the model came in DistributedDataParallel: each rank prints, stops and keeps its best weights by its "
-            "own validation loss, so give all ranks the same validation images"
+            "the model came in DistributedDataParallel: each rank prints, stops and keeps its best "
+            "weights by its own validation loss, so give all ranks the same validation images"
         )
     network = unwrap(model)
     if seed is not None and not takes_dropout_keys(network):
@@ -43,14 +43,14 @@ def notes_on(model: nn.Module, seed: int | None) -> list[str]:
 
 
 class TrainingMode:
-    """Puts `model` into training mode, but not the submodules that the user has put into evaluation mode."""
+    """Training mode, but for the submodules that the user has put into evaluation mode."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._evaluating: list[nn.Module] = []
 
     def set(self) -> None:
-        """A model that evaluates as a whole was looked at meanwhile: its submodules train as they did before."""
+        """If the whole model evaluates, the modes of the last training return."""
         if self.model.training:
             self._evaluating = [module for module in self.model.modules() if not module.training]
             return

@@ -322,3 +322,18 @@ def test_a_temporary_of_a_killed_process_is_never_read(tmp_path) -> None:
     save(tmp_path / "last.pt", *stepped())
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert checkpoint.read(tmp_path / "last.pt")
+
+
+def test_best_becomes_the_file_of_the_best_epoch_wherever_that_is(tmp_path) -> None:
+    model, optimizer = stepped()
+    last, best = tmp_path / "last.pt", tmp_path / "best.pt"
+    for epoch, batch in ((1, 0), (2, 0), (2, 3)):
+        loop = {"step": epoch, "epoch": epoch, "batch": batch}
+        links = () if batch else (tmp_path / f"epoch-000{epoch}.pt",)
+        save(last, model, optimizer, loop=loop, links=links)
+    for wanted in (1, 2):  # best.pt is missing, then of another epoch
+        checkpoint.link_best(best, wanted, last)
+        assert checkpoint.read(best)["loop"]["epoch"] == wanted
+        assert checkpoint.read(best)["loop"]["batch"] == 0
+    with pytest.raises(ValueError, match="of epoch 3, should be beside the checkpoint"):
+        checkpoint.link_best(best, 3, last)

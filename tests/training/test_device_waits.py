@@ -1,7 +1,8 @@
-"""A step whose flags are read later makes the host wait for no device: no value is read, none is copied across.
+"""A step whose flags are read later waits for no device: no value is read or copied across.
 
-The model lies on the meta device, whose tensors have no values: `.item()`, `.cpu()`, `float()` and `if tensor` raise there. A
-copy from the host, which CUDA would wait for as well, is seen by the dispatcher.
+The model lies on the meta device, whose tensors have no values: `.item()`, `.cpu()`, `float()` and
+`if tensor` raise there. A copy from the host, which CUDA would wait for as well, is seen by the
+dispatcher.
 """
 
 from typing import Any
@@ -37,7 +38,7 @@ class NoCopies(TorchDispatchMode):
 
 
 def trained_on_meta(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Trainer:
-    """An epoch of three steps on the meta device; only the reading of the flags, a step later, is left out."""
+    """An epoch of three steps on the meta device, without the reading of flags a step later."""
     model = AlexNet(TINY).to("meta")
     optimizer = build_optimizer(model, preset("demo").recipe)
     one = Trainer(

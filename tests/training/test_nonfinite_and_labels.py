@@ -1,4 +1,4 @@
-"""Numbers that are not numbers, labels that are no classes, and runs that learn nothing: noticed on all ranks alike, and said."""
+"""Non-finite numbers, labels outside the classes, runs that learn nothing: noticed on all ranks."""
 
 import copy
 import math
@@ -102,7 +102,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_from_before_and_names_
     spoil(one, at)
     with pytest.raises(
         NonFiniteError,
-        match=rf"step {at} \(epoch {(at + 4) // 5}\): the gradient of columns.1.conv4.bias is not finite.*lr 0.05",
+        match=rf"step {at} \(epoch {(at + 4) // 5}\): the gradient of columns.1.conv4.bias is not "
+        r"finite.*lr 0.05",
     ):
         one.train(batches(5), batches(1, seed=9), epochs=2)
     assert (one.step, one.batch) == (at - 1, (at - 1) % 5)

@@ -24,7 +24,7 @@ CONFIG = preset("demo").with_fields(
 
 
 def overflowing(rank: int, config: Config) -> tuple[float, int, int]:
-    """A run in which the gradient of a weight of column 1 overflows in step 4: (loss scale, steps, steps since) on this rank."""
+    """A run with an overflow in step 4, in column 1: (loss scale, steps, steps since) here."""
     one = Run(config, init_parallel(config))
     trainer = one.trainer
     if "1" in trainer.model.columns:

@@ -1,4 +1,4 @@
-"""Every preset trains the same on one device and on two ranks, from the first step to the end of its schedule."""
+"""Every preset trains the same on one device and on two ranks, to the end of its schedule."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ from alexnet_mp import Config, preset
 from alexnet_mp.training import checkpoint
 from alexnet_mp.training.run import run
 
-# Each preset's own recipe on a network of some thousand weights. Five epochs: the 2012 schedule, scaled, ends the color noise and freezes conv1 in
-# the last of them (67 and 72 of 90).
+# Each preset's own recipe on a network of some thousand weights. Five epochs: the 2012 schedule,
+# scaled, ends the color noise and freezes conv1 in the last of them (67 and 72 of 90).
 SMALL = {"image_size": 64, "epochs": 5, "batch_size": 24, "threads": 1, "data": "folder"}
 STRONG = (
-    ("he",) * 8
-)  # the 2012 deviations leave nothing of a signal in a network of so few kernels, and nothing to compare
+    "he",
+) * 8  # with so few kernels the 2012 deviations leave nothing of a signal, and nothing to compare
 SIZES = {
     "demo": {"kernels": (4, 6, 8, 6, 4), "hidden": (12, 10), "image_size": 67},
     "original-half": {"kernels": (4, 6, 8, 6, 8), "hidden": (20, 18)},
@@ -89,7 +89,8 @@ def test_a_preset_has_one_history_wherever_it_trains(pair) -> None:
     config = checkpoint.read(two / "last.pt")["config"]
     columns = config["model"]["columns"]
     for mine, other in zip(history(two), history(one), strict=True):
-        # Two columns: bit for bit, but for the norm, a sum over ranks. One column: two copies, whose float32 gradients add up in another order.
+        # Two columns: bit for bit, but for the norm, a sum over ranks. One column: two copies,
+        # whose float32 gradients add up in another order.
         exact = columns == 2
         assert mine.pop("grad_norm") == pytest.approx(
             other.pop("grad_norm"), rel=1e-5 if exact else 1e-3
@@ -109,7 +110,7 @@ def test_a_preset_has_one_history_wherever_it_trains(pair) -> None:
 def test_conv1_learns_until_the_2012_schedule_freezes_it(
     name: str, ranks: int, images, tmp_path, monkeypatch
 ) -> None:
-    """With two copies (original-half on two ranks) the freeze also has to reach DistributedDataParallel, which else waits for conv1's gradient."""
+    """With two copies (original-half on two ranks) the freeze also has to reach DDP."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(images / "cache"))
     config = small(name, images, tmp_path / "run")
 

@@ -63,6 +63,14 @@ def test_the_final_test_takes_the_weights_of_the_best_epoch(tmp_path, monkeypatc
     assert result["best_epoch"] == 1 and result["test_loss"] == best != last
 
 
+def test_an_epoch_is_validated_on_the_validation_images(tmp_path) -> None:
+    run(QUICK.with_fields(out=str(tmp_path / "run"), epochs=1))
+    one = prepared(QUICK)
+    checkpoint.load_model(checkpoint.read(tmp_path / "run" / "last.pt"), one.model)
+    losses = [one.trainer.scores(loader).loss for loader in (one.val_loader, one.test_loader)]
+    assert history(tmp_path / "run")[0]["val_loss"] == losses[0] != losses[1]
+
+
 def test_the_seed_reaches_weights_dropout_and_order() -> None:
     one, other = prepared(QUICK, seed=5), prepared(QUICK, seed=6)
     expected = AlexNet(one.config.model, seed=5).state_dict()

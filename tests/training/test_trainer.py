@@ -234,7 +234,8 @@ def test_conv1_leaves_autograd_at_the_epoch_at_which_the_schedule_freezes_it() -
         ]
     )
     one.train(batches, batches, epochs=5)
-    # Epoch 72 of 90 is 4 of 5: the fifth epoch leaves conv1 as it was, computes nothing for it, and goes on with the others.
+    # Epoch 72 of 90 is 4 of 5: the fifth epoch leaves conv1 as it was, computes nothing for it, and
+    # goes on with the others.
     (before, _), (after, without_gradient) = seen[3:]
     conv1 = {name for name in before if ".conv1." in name}
     assert len(conv1) == 4 and without_gradient == conv1

@@ -1,4 +1,4 @@
-"""The Trainer with other people's modules, loaders, criteria and schedulers: taken, or refused in one line before the first step."""
+"""The Trainer takes other people's modules, loaders and criteria, or refuses them in one line."""
 
 import os
 from collections import namedtuple
@@ -37,7 +37,7 @@ def trainer(model: nn.Module | None = None, criterion=None, lr: float = 0.1, **o
 
 
 class OnlyInWorkers(Dataset):
-    """As one that opens its file at the first item: opened before the fork, its file would be shared by all workers."""
+    """As one that opens its file at the first item: before the fork all workers would share it."""
 
     def __init__(self) -> None:
         self.parent = os.getpid()

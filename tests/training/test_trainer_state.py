@@ -1,4 +1,4 @@
-"""Which weights the model has when training ends, goes on, is interrupted or is resumed; and what a run saves, and when."""
+"""Which weights a model has when training ends, goes on, is interrupted or is resumed."""
 
 import _thread
 import contextlib
@@ -39,7 +39,7 @@ def trainer(model: nn.Module | None = None, lr: float = 0.1, **options) -> Train
 
 
 def rough(**options) -> tuple[Trainer, DataLoader, DataLoader]:
-    """A trainer whose rate is so high that its validation loss goes up and down, and its loaders."""
+    """A trainer whose rate makes its validation loss go up and down, and its loaders."""
     generator = torch.Generator().manual_seed(3)
     data = DataLoader(points(24), 6, shuffle=True, generator=generator)
     return trainer(lr=4.0, **options), data, DataLoader(points(12, 1), 6)
@@ -391,7 +391,7 @@ def test_sums_of_several_copies_count_once_when_they_are_put_back() -> None:
 
 
 def on_copies(rank: int, save_every: int) -> list[dict]:
-    """The history of two copies of a network, which are saved within epochs, and resumed from the last save."""
+    """The history of two copies that are saved within epochs and resumed from the last save."""
     config = Config(model=TINY, run=RunConfig(device="cpu", column_ranks=1))
     context = init_parallel(config)
     try:
