@@ -1,7 +1,7 @@
 """Imported by the fork server, so that ranks do not each pay for it again.
 
-Reading a command line fills tyro's caches; the pictures bring matplotlib, which a run imports at its
-end. What fails here fails in a rank as well, which then says why.
+Reading a command line fills tyro's caches; the pictures bring matplotlib, which a run imports at
+its end. An error here is left to the ranks, which meet it again and report it.
 """
 
 import contextlib

@@ -80,7 +80,7 @@ def run(
     timeout: float = 60.0,
     grace: float = GRACE,
 ) -> list[Any]:
-    """What `function(rank, *args)` returns on each of `world_size` ranks, by rank.
+    """Runs `function(rank, *args)` on `world_size` ranks; returns its results by rank.
 
     `function` stands at the top level of a module. Arguments and results are copied by pickle,
     tensors too (no memory is shared); `args` are the same on every rank. Nothing is connected yet:
@@ -197,7 +197,7 @@ class _Place:
 
     @property
     def output(self) -> Path:
-        """What the rank printed."""
+        """The rank's output."""
         return Path(self.folder) / f"rank{self.rank}.output"
 
     @property

@@ -1,6 +1,6 @@
-"""What ranks tell each other between the steps: sums, values, and work that one rank does for all.
+"""Communication between the steps: sums, gathered values, and work that one rank does for all.
 
-All of it travels on gloo groups on the CPU, metered apart from the activations, which never do.
+It uses gloo groups on the CPU and is metered apart from the activations, which travel elsewhere.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ class Collectives:
         with self.meter.counting("checkpoint"):
             for name, (shape, dtype) in self.gather(kinds)[0].items():
                 if self.is_rank0:
-                    value = tensors[name].cpu().contiguous()  # gloo sends a slice wrong, unsaid
+                    value = (
+                        tensors[name].cpu().contiguous()
+                    )  # gloo sends a slice wrong, without an error
                     self.meter.count("weights", "forward", value, self.world_size - 1)
                 else:
                     value = torch.empty(shape, dtype=dtype)

@@ -61,9 +61,9 @@ class ParallelContext(Collectives):
     mesh: DeviceMesh | None = None
     heart: Heartbeat | None = None
     status: str = "starting"
-    """What this rank does; its peers say it should this rank fall silent."""
+    """The current activity. The peers print it if this rank falls silent."""
     wire: torch.dtype | None = None
-    """What activations travel as, where that is narrower than they are."""
+    """A narrower type in which activations travel; None: as they are."""
 
     @property
     def data_ranks(self) -> int:

@@ -88,7 +88,7 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def gpu_identity(device: torch.device) -> str:
-    """What tells this rank's GPU from others of its host; "" for a CPU."""
+    """The UUID of this rank's GPU; "" for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
@@ -101,7 +101,7 @@ def is_mig_slice(device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name for people; of a CPU what the platform tells."""
+    """The name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()

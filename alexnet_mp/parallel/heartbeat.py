@@ -1,4 +1,4 @@
-"""How ranks know that the others are alive, and the one cause that all of them name when they end.
+"""Ranks watch each other; when one is lost, all end and one cause is printed.
 
 Every rank has a thread that writes a beat to the store about once a second and reads the others'.
 A rank whose process is gone is noticed at once where it ran on this host; one that is frozen

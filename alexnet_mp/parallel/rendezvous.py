@@ -1,4 +1,4 @@
-"""How ranks meet before any process group: the store, the handshake, hosts, and the backend."""
+"""Ranks meet before any process group: the store, the handshake, hosts, and the backend."""
 
 from __future__ import annotations
 

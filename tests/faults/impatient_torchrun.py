@@ -1,4 +1,4 @@
-"""torchrun, but that it kills a rank that does not end PATIENCE seconds, not 30, after its signal."""
+"""torchrun, but it kills a rank that has not ended PATIENCE seconds, not 30, after its signal."""
 
 import sys
 from typing import Any

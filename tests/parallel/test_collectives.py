@@ -1,4 +1,4 @@
-"""What ranks tell each other between steps, on four ranks of two simulated hosts."""
+"""Sums, gathers and work for all between steps, on four ranks of two simulated hosts."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""What NCCL's errors say, and the file in which torchrun looks for a cause."""
+"""NCCL's errors become one line, and torchrun finds the cause."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How ranks meet: who shares a host, what must agree, and which backend serves all."""
+"""Ranks that meet: shared hosts, fields that must agree, the backend for all."""
 
 import dataclasses
 import json
