@@ -79,7 +79,7 @@ def test_the_tutorials_initialization_describes_eight_layers(capsys) -> None:
 
 
 def test_every_python_cell_is_run_by_a_test_above() -> None:
-    assert len(CELLS) == 3
+    assert len(CELLS) == 4
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -107,7 +107,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The words in capitals of the READMEs, as folders and files of this test."""
     root = tmp_path_factory.mktemp("readmes")
     for name in ("MINE", "IMAGENET"):
-        make_folder(root / name, ("train", "val"), count=12)
+        make_folder(root / name, ("train", "val"), count=48)
     cat = next((root / "MINE" / "train" / "cat").iterdir())
     found = {name: str(root / name) for name in ("MINE", "IMAGENET", "STORE", "RUN")}
     environment = {"XDG_CACHE_HOME": str(root / "cache")}
@@ -137,6 +137,15 @@ PACKAGE_LINES = [
     for file, line in LINES
     if re.search(r"launch/\w+\.py|-m alexnet_mp ", line) and "--help" not in line
 ]
+
+
+@pytest.mark.slow
+def test_a_trained_network_is_used_from_python(places: dict[str, str], capsys) -> None:
+    text = cell("load_network")
+    for word in ("RUN", "cat.jpg"):
+        text = text.replace(word, places[word])
+    exec(text, {})
+    assert "('" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -111,9 +112,8 @@ class AlexNet(nn.Module):
             else None
         )
         self.map_norm = MapNorm(alpha=config.map_norm_alpha) if config.map_norm else None
-        self.activation: Callable[[Tensor], Tensor] = {"relu": F.relu, "tanh": torch.tanh}[
-            config.activation
-        ]
+        activations: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
+        self.activation = activations[config.activation]
         self.pool = (config.pool_size, config.pool_stride)
         self.initialize(seed)
 
@@ -226,20 +226,14 @@ class AlexNet(nn.Module):
 
     def _norm(self, name: str, x: list[Tensor], **options: Any) -> list[Tensor]:
         """No window of the norm reaches into another column, unless `lrn_across_columns`."""
-        lrn, columns = self.lrn, self.config.columns
-        if lrn is None:
+        if self.lrn is None:
             return x
-        if columns == 1 or not self.config.lrn_across_columns:
-            return [lrn(y, **options) for y in x]
+        if self.config.columns == 1 or not self.config.lrn_across_columns:
+            return [self.lrn(y, **options) for y in x]
         here = [int(index) for index in self.columns]
-        half = lrn.size // 2
-        arrive = self.link.start_exchange(name, cross_column.edges(x, here, columns, half))
-        halos = cross_column.halos(arrive(), here, columns, half)
-        normed = []
-        for y, (before, after) in zip(x, halos, strict=True):
-            wide = lrn(torch.cat([before, y, after], 1), **options)
-            normed.append(wide[:, before.shape[1] : before.shape[1] + y.shape[1]])
-        return normed
+        norm = partial(self.lrn, **options)
+        half = self.lrn.size // 2
+        return cross_column.across(self.link, name, norm, half, x, here, self.config.columns)
 
     def _activate(self, x: list[Tensor]) -> list[Tensor]:
         # Not in place: hooks may have seen what a layer returned.

@@ -241,6 +241,27 @@ def one_each(arrive: Callable[[], list[Tensor]], columns: int) -> list[Callable[
     return [partial(arrive_at, column) for column in range(columns)]
 
 
+def across(
+    link: Link,
+    name: str,
+    norm: Callable[[Tensor], Tensor],
+    half: int,
+    x: list[Tensor],
+    here: list[int],
+    columns: int,
+) -> list[Tensor]:
+    """`norm` of each column (N, C, ...), whose windows reach `half` maps into the neighbors.
+
+    `here` are the numbers of the columns in `x`, `columns` is how many the network has.
+    """
+    arrive = link.start_exchange(name, edges(x, here, columns, half))
+    normed = []
+    for y, (before, after) in zip(x, halos(arrive(), here, columns, half), strict=True):
+        wide = norm(torch.cat([before, y, after], 1))
+        normed.append(wide[:, before.shape[1] : before.shape[1] + y.shape[1]])
+    return normed
+
+
 def edges(x: list[Tensor], here: list[int], columns: int, half: int) -> list[Tensor]:
     """The maps of each column (N, C, H, W) that windows of the neighboring columns reach.
 

@@ -417,9 +417,12 @@ def forward(
     rows, columns = (
         ((n - POOL) // stride + 1 for n in (height, width)) if stride else (height, width)
     )
-    like = {"device": z.device, "memory_format": torch.channels_last}
-    out = torch.empty(images, maps, rows, columns, dtype=z.dtype, **like)
-    places = torch.empty(out.shape, dtype=torch.uint8, **like) if stride else None
+    shape = (images, maps, rows, columns)
+    last = torch.channels_last
+    out = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=last)
+    places = None
+    if stride:
+        places = torch.empty(shape, dtype=torch.uint8, device=z.device, memory_format=last)
     total = images * rows * columns
     if total:
         _relu_lrn_pool_forward[_grid(total)](

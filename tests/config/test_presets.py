@@ -162,6 +162,7 @@ def test_photos_is_the_demo_with_crops_and_flips_at_a_larger_size() -> None:
         "random_crop": True,
         "flip": True,
         "epochs": 60,
+        "warmup_epochs": 2.0,
     }
 
 

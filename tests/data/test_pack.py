@@ -243,6 +243,35 @@ def test_a_shard_that_was_damaged_is_made_again(
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
+def test_damaged_sums_of_a_shard_are_taken_again(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = noisy_folder(tmp_path / "set")
+    pack(source, tmp_path / "whole")
+    stopped(monkeypatch, source, tmp_path / "store", after=50)
+    sums = tmp_path / "store" / "train" / ".manifest-00000.npz"
+    content = bytearray(sums.read_bytes())
+    content[-200] ^= 1
+    sums.write_bytes(content)
+    pack(source, tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_store_that_lacks_bad_files_does_not_pass_for_whole(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    source = noisy_folder(tmp_path / "set")
+    (source / "train" / "a" / "000.png").write_bytes(b"")
+    if finished:
+        pack(source, tmp_path / "store", on_error="skip")
+    else:
+        stopped(monkeypatch, source, tmp_path / "store", after=50, on_error="skip")
+        assert (tmp_path / "store" / "train" / ".manifest-00000.json").exists()
+    with pytest.raises(ValueError, match=r"cannot read .*a/000\.png: an empty file"):
+        pack(source, tmp_path / "store")
+
+
 def test_a_file_that_changed_meanwhile_is_packed_as_it_is_now(
     tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,7 @@ from alexnet_mp.model.numpy_init import (
 )
 
 
-def test_convolutions_are_drawn_with_a_hundredth_and_fully_connected_layers_with_hes_deviation() -> (
-    None
-):
+def test_convolutions_have_a_hundredth_and_other_layers_hes_deviation() -> None:
     shapes = [(64, 3, 11, 11), (192, 64, 5, 5), (512, 2304), (100, 512)]
     weights = initialize_weights(shapes, seed=3)
     for weight, shape, deviation in zip(
@@ -37,7 +35,7 @@ def test_a_seed_repeats_the_draw_and_none_does_not() -> None:
     assert not any(np.array_equal(a, b) for a, b in zip(same, other, strict=True))
 
 
-def test_biases_are_one_behind_a_relu_and_zero_in_the_layer_that_reads_the_image() -> None:
+def test_biases_are_one_behind_a_relu_and_zero_behind_the_image() -> None:
     biases = initialize_biases()
     assert [bias.shape for bias in biases] == [(shape[0],) for shape in ALEXNET_SHAPES]
     assert [np.unique(bias).tolist() for bias in biases] == [[0.0]] + [[1.0]] * 7
@@ -83,7 +81,8 @@ def test_the_same_rules_as_flags_start_a_network_alike() -> None:
     biases = initialize_biases([weight.shape for weight in weights])
     for name, weight, bias in zip(names, weights, biases, strict=True):
         theirs = state[f"{name}.weight"]
-        # Two estimates of one deviation, each with an error of its 1 / sqrt(2 n); five of their difference's.
+        # Two estimates of one deviation, each with an error of 1 / sqrt(2 n) of it; five errors of
+        # their difference.
         assert theirs.std().item() == pytest.approx(weight.std(), rel=5 / math.sqrt(weight.size)), (
             name
         )

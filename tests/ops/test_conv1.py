@@ -1,4 +1,4 @@
-"""conv1 over blocks of 4x4 pixels, as a CPU computes it in bfloat16, against conv1 as it is written."""
+"""conv1 over blocks of 4x4 pixels, as a CPU trains it in bfloat16, against conv1 as written."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_mp import AlexNet, preset
-from alexnet_mp.ops.conv1 import Conv1, conv1_input, space_to_depth
+from alexnet_mp.ops.conv1 import Conv1, conv1_input, input_format, space_to_depth
 
-# The same products, summed in another order in float32, rounded once to bfloat16: half a unit of its last place, 2^-8, now and then.
+# The same products, summed in another order in float32 and rounded once to bfloat16: now and then a
+# unit of its last place, 2^-8.
 TOLERANCE = {"rtol": 2**-7, "atol": 2**-7}
 
 
@@ -47,7 +48,7 @@ def test_conv1_over_blocks_is_conv1(size, padding, memory_format) -> None:
 
 
 @pytest.mark.parametrize("padding", [(0, 0, 0, 0), (0, 3, 0, 3)], ids=str)
-def test_training_in_bfloat16_on_a_cpu_reads_blocks_and_gives_what_autocast_gives(padding) -> None:
+def test_training_in_bfloat16_reads_blocks_and_computes_the_same(padding) -> None:
     layer, images = conv1(), torch.randn(2, 3, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
         x = conv1_input(images, padding, layer.weight)
@@ -80,3 +81,25 @@ def test_the_columns_read_one_and_the_same_tensor() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 3, 67, 67))
     assert len(seen) == 2 and seen[0] is seen[1] and seen[0].shape[1] == 48
+
+
+@pytest.mark.parametrize(
+    "device, weights, expected",
+    [
+        ("cuda", torch.channels_last, torch.channels_last),  # cuDNN would convert in each column
+        ("cuda", torch.contiguous_format, torch.contiguous_format),
+        ("cpu", torch.channels_last, torch.preserve_format),
+    ],
+)
+def test_a_gpu_reads_images_in_the_format_of_the_weights(device, weights, expected) -> None:
+    weight = Conv1(6).weight.contiguous(memory_format=weights)
+    assert input_format(device, torch.randn(2, 3, 64, 64), weight) == expected
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (0, 3, 0, 3)], ids=str)
+def test_on_a_gpu_the_images_become_channels_last_once(padding) -> None:
+    layer = conv1().cuda()
+    x = conv1_input(torch.randn(2, 3, 64, 64, device="cuda"), padding, layer.weight)
+    assert x.is_contiguous(memory_format=torch.channels_last)

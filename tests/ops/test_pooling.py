@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from alexnet_mp.ops.pooling import overlapping_max_pool
+from alexnet_mp.ops.pooling import adaptive_average_pool, overlapping_max_pool
 from alexnet_mp.ops.response_norm import LocalResponseNorm
 
 
-def test_overlapping_pooling_takes_the_largest_of_three_by_three_every_two_pixels() -> None:
+def test_pooling_takes_the_largest_of_3x3_every_2_pixels() -> None:
     x = torch.arange(25.0).view(1, 1, 5, 5)
     x[0, 0, 2, 2] = 99  # the middle belongs to all four windows
     assert overlapping_max_pool(x).tolist() == [[[[99, 99], [99, 99]]]]
@@ -18,6 +18,12 @@ def test_overlapping_pooling_takes_the_largest_of_three_by_three_every_two_pixel
 @pytest.mark.parametrize("before, after", [(55, 27), (27, 13), (13, 6), (3, 1)])
 def test_overlapping_pooling_halves_the_maps_as_in_the_paper(before: int, after: int) -> None:
     assert overlapping_max_pool(torch.zeros(2, 3, before, before)).shape == (2, 3, after, after)
+
+
+def test_an_adaptive_pool_leaves_maps_of_its_size_as_they_are() -> None:
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert adaptive_average_pool(x, 2).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
+    assert adaptive_average_pool(x, 4) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,5 @@
 """Response normalization by itself, by each of its paths."""
 
-import statistics
 import time
 
 import numpy as np
@@ -12,7 +11,8 @@ from torch import nn
 from alexnet_mp.ops import cpu_kernels, response_norm
 from alexnet_mp.ops.response_norm import LocalResponseNorm, MapNorm
 
-# Wherever a formula is checked, alpha is large: with the paper's 1e-4 the norm is hardly more than a division by 2^0.75.
+# Wherever a formula is checked, alpha is large: with the paper's 1e-4 the norm is hardly more than
+# a division by 2^0.75.
 STRONG = {"k": 2.0, "alpha": 0.3}
 
 
@@ -40,7 +40,7 @@ def test_the_norm_is_the_printed_formula(maps: int, size: int, beta: float) -> N
     )
 
 
-def test_the_norm_has_the_papers_constants_by_default_and_does_not_divide_alpha() -> None:
+def test_the_papers_constants_are_the_default_and_alpha_is_not_divided() -> None:
     x = 100 * random(2, 8, 3, 3)  # so large that alpha matters
     np.testing.assert_allclose(
         LocalResponseNorm()(x).numpy(),
@@ -69,7 +69,7 @@ def test_the_norms_gradient_is_that_of_its_values(maps: int, size: int, beta: fl
 
 
 @pytest.mark.parametrize("size", [3, 5])
-def test_the_norm_within_maps_sums_over_pixels_and_its_gradient_is_that_of_its_values(
+def test_the_norm_within_maps_sums_over_pixels_and_has_its_gradient(
     size: int,
 ) -> None:
     x = random(2, 3, 4, 6).requires_grad_()
@@ -88,7 +88,7 @@ def test_the_norm_within_maps_sums_over_pixels_and_its_gradient_is_that_of_its_v
 @pytest.mark.parametrize(
     "layout", ["channels last", "sliced maps", "sliced pixels", "transposed", "expanded"]
 )
-def test_the_norms_result_does_not_depend_on_how_the_input_lies_in_memory(
+def test_the_norm_is_the_same_however_the_input_lies_in_memory(
     layout: str, norm: nn.Module
 ) -> None:
     x = {
@@ -100,7 +100,7 @@ def test_the_norms_result_does_not_depend_on_how_the_input_lies_in_memory(
     }[layout]()
     gradient = random(4, 4, 3, 6, seed=1).permute(2, 3, 1, 0)
     assert not x.is_contiguous()
-    # the same numbers in the same order; a window sum over other strides may add in another order, one rounding apart
+    # the same numbers; a window sum over other strides may add in another order, a rounding apart
     contiguous = norm_and_gradient(norm, x.contiguous(), gradient.contiguous())
     torch.testing.assert_close(
         norm_and_gradient(norm, x, gradient), contiguous, rtol=1e-14, atol=1e-15
@@ -125,7 +125,7 @@ def test_half_precision_norm_is_the_float32_norm_rounded_once(
     norm: nn.Module, dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, gradient = random(2, 8, 5, 5).to(dtype), random(2, 8, 5, 5, seed=1).to(dtype)
-    # Operations and kernel round differently, and fp16 has operations only: both sides take one path.
+    # Operations and kernel round differently, and fp16 has operations only: both take one path.
     if path == "operations":
         monkeypatch.setattr(cpu_kernels, "supports", lambda *_: False)
     elif isinstance(norm, MapNorm) or not all(
@@ -143,14 +143,16 @@ def test_half_precision_norm_is_the_float32_norm_rounded_once(
 def test_working_in_chunks_of_images_changes_nothing(
     chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, gradient = (
-        random(7, 6, 5, 5, dtype=torch.float32),
-        random(7, 6, 5, 5, seed=1, dtype=torch.float32),
-    )
+    monkeypatch.setattr(cpu_kernels, "supports", lambda *_: False)  # the kernels have no chunks
+    x, gradient = random(7, 6, 5, 5), random(7, 6, 5, 5, seed=1)
     before = norm_and_gradient(LocalResponseNorm(**STRONG), x, gradient)
+    calls, plain = [], response_norm._norm
+    monkeypatch.setattr(response_norm, "_norm", lambda *a: calls.append(len(a[0])) or plain(*a))
     monkeypatch.setattr(response_norm, "CHUNK_BYTES", chunk_bytes)
     after = norm_and_gradient(LocalResponseNorm(**STRONG), x, gradient)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert calls == {1: [1] * 7, 3000: [5, 2], 10**9: [7]}[chunk_bytes]
+    # float64: a vector's value and one behind the last vector may differ by a contracted product
+    torch.testing.assert_close(after, before, rtol=1e-14, atol=1e-15)
 
 
 def test_the_norm_of_no_images_is_none() -> None:
@@ -162,32 +164,32 @@ def test_the_norm_of_no_images_is_none() -> None:
 
 @pytest.fixture
 def _one_thread():
-    """Under other load on the machine two threads wait for each other at every small operation, and times mean little."""
+    """Two threads wait for each other at every small operation, and so would times."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_thread")
-def test_the_norm_is_at_least_twice_as_fast_as_torchs() -> None:
+def test_the_compiled_norm_is_at_least_twice_as_fast_as_torchs() -> None:
     x = random(32, 128, 27, 27, dtype=torch.float32)  # what arrives in layer 2
+    ours = LocalResponseNorm()
+    if not cpu_kernels.supports(x, ours.size, ours.beta):
+        pytest.skip(cpu_kernels.unavailable_reason())
+    norms = {"ours": ours, "torch": nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)}
     gradient = torch.ones_like(x)
-    norms = {
-        "ours": LocalResponseNorm(),
-        "torch": nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0),
-    }
     seconds: dict[str, list[float]] = {name: [] for name in norms}
-    for turn in range(6):  # A B A B, so that other load on the machine meets both
+    for turn in range(6):  # A B A B, the first to warm up
         for name, norm in norms.items():
-            start = time.perf_counter()
+            start = time.process_time()  # this process alone: other load does not count
             norm_and_gradient(norm, x, gradient)
-            if turn:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    ours, torchs = (statistics.median(times) for times in seconds.values())
-    assert torchs > 2 * ours, (
-        f"{torchs:.3f} s against {ours:.3f} s"
-    )  # measured 4 to 5 times: half of that is left for noise
+            if turn:
+                seconds[name].append(time.process_time() - start)
+    ours_least, torchs_least = (min(times) for times in seconds.values())
+    # measured 4 to 5 times: half of that is left for noise
+    assert torchs_least > 2 * ours_least, f"{torchs_least:.3f} s against {ours_least:.3f} s"
 
 
 def test_an_even_window_is_refused() -> None:

@@ -1,8 +1,9 @@
 """The network is the same on several ranks, on one device, and as reference.py writes it again.
 
 Between placements the aim is bit for bit: own half plus peers' half, in the same order everywhere.
-That holds with one thread, since threads divide a sum as they like, and for two columns, whose two
-terms may be added either way round.
+Both sides run the same operations on tensors of the same sizes and formats, so that holds on any
+processor. It holds with one thread, since threads divide a sum as they like, and for two columns,
+whose two terms may be added either way round.
 """
 
 from dataclasses import dataclass, field

@@ -93,7 +93,7 @@ def test_flags_that_are_read_a_step_later_change_nothing_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     "at", [1, 3, 5, 10]
 )  # the first step, within an epoch, its last step, the last of all
-def test_a_gradient_that_is_not_finite_leaves_the_weights_from_before_and_names_its_layer(
+def test_a_bad_gradient_leaves_the_weights_alone_and_names_its_layer(
     deferred: bool, at: int
 ) -> None:
     clean, one = trainer(max_steps=at - 1, restore_best_weights=False), trainer(deferred)
@@ -187,9 +187,7 @@ class BadLoss(nn.CrossEntropyLoss):
         ("loss", "the loss on rank 1"),
     ],
 )
-def test_one_ranks_bad_number_stops_all_before_the_step_and_is_saved_as_nobodys_best(
-    tmp_path, where: str, words: str
-) -> None:
+def test_one_ranks_bad_number_stops_all_before_the_step(tmp_path, where: str, words: str) -> None:
     config = CONFIG.with_fields(out=str(tmp_path / "run"))
     with pytest.raises(RanksFailed) as caught:
         run_ranks(with_a_spoilt_rank, 2, config, where)
@@ -250,9 +248,7 @@ def test_what_the_network_cannot_take_is_refused_before_the_first_step(
     assert one.step == 0
 
 
-def test_a_late_label_outside_the_classes_of_any_module_is_named_instead_of_an_index_error() -> (
-    None
-):
+def test_a_late_label_outside_the_classes_of_any_module_is_named() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     data = [(torch.zeros(2, 4), torch.tensor([0, 1])), (torch.zeros(2, 4), torch.tensor([0, 7]))]
     one = trainer(model=model)
@@ -262,7 +258,7 @@ def test_a_late_label_outside_the_classes_of_any_module_is_named_instead_of_an_i
         one.train([data[0], {"x": 1}], data[:1], epochs=1)
 
 
-def test_looking_at_a_data_set_beforehand_leaves_random_streams_as_they_were() -> None:
+def test_looking_at_a_batch_beforehand_leaves_random_streams_alone() -> None:
     class Noisy(TensorDataset):
         def __getitem__(self, index):
             return torch.randn(3, 67, 67), 0
@@ -307,7 +303,7 @@ def on_other_batches(rank: int, shape: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [True, False])
-def test_ranks_of_one_network_that_are_fed_different_batches_are_told_before_the_first_step(
+def test_ranks_of_one_network_with_different_batches_are_told_at_once(
     shape: bool,
 ) -> None:
     with pytest.raises(

@@ -35,7 +35,7 @@ def overflowing(rank: int, config: Config) -> tuple[float, int, int]:
     return trainer.loss_scale.scale, trainer.step, trainer.loss_scale.good_steps
 
 
-def test_an_overflow_on_one_rank_is_skipped_on_all_and_halves_the_scale_of_all(tmp_path) -> None:
+def test_an_overflow_on_one_rank_skips_the_step_and_halves_the_scale_on_all(tmp_path) -> None:
     assert (
         run_ranks(overflowing, 2, CONFIG.with_fields(out=str(tmp_path / "two")))
         == [(2.0**15, 6, 2)] * 2
@@ -48,9 +48,7 @@ def test_an_overflow_on_one_rank_is_skipped_on_all_and_halves_the_scale_of_all(t
         )  # DESIGN.md: reduced precision
 
 
-def test_the_scale_is_halved_at_an_overflow_and_doubled_after_two_thousand_steps_without_one() -> (
-    None
-):
+def test_the_scale_halves_at_an_overflow_and_doubles_after_2000_good_steps() -> None:
     scale = LossScale("fp16")
     assert not scale.update(float("inf")) and scale.scale == 2.0**15
     assert all(scale.update(1.0) for _ in range(1999)) and scale.scale == 2.0**15

@@ -289,7 +289,7 @@ def test_an_infinite_loss_stops_all_ranks_and_keeps_the_weights(tmp_path, train)
 @pytest.mark.ranks
 def test_ranks_that_were_given_different_flags_are_told_so(tmp_path) -> None:
     with pytest.raises(
-        RanksFailed, match="rank 1 differs from rank 0 in seed: 0 on rank 0, 1 on rank 1"
+        RanksFailed, match="rank 1 differs from rank 0 in --seed: 0 on rank 0, 1 on rank 1"
     ):
         run_ranks(with_own_seed, 2, SMALL.with_fields(out=str(tmp_path / "run")))
 

@@ -30,7 +30,7 @@ def rates(optimizer) -> dict:
     return {(group["layer"], group["kind"]): group["lr"] for group in optimizer.param_groups}
 
 
-def test_plateau_divides_by_ten_after_the_patience_is_over_and_stops_at_its_floor() -> None:
+def test_plateau_divides_by_ten_after_its_patience_down_to_its_floor() -> None:
     schedule, optimizer = made(schedule="plateau", lr=0.01, lr_patience=1, lr_min=1e-3)
     seen = []
     for loss in (1.0, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9):
@@ -183,7 +183,7 @@ def test_an_improvement_smaller_than_delta_does_not_count() -> None:
     assert [stopping(loss) for loss in (1.0, 0.875, 0.75, 0.625)] == [True, False, True, False]
 
 
-def test_a_run_that_stopped_early_goes_on_with_more_patience_and_not_with_the_same() -> None:
+def test_a_run_that_stopped_early_goes_on_with_more_patience_only() -> None:
     stopped = EarlyStopping(patience=2)
     for loss in (1.0, 1.0, 1.0):
         stopped(loss)

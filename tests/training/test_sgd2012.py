@@ -50,7 +50,7 @@ def test_a_step_is_the_papers_update_across_a_drop_of_the_rate() -> None:
     assert ours == pytest.approx(scalar_steps(1.5, GRADIENTS, DROP), rel=1e-13)  # rounding only
 
 
-def test_it_keeps_to_the_papers_update_where_a_run_resumes_in_the_steps_after_a_drop() -> None:
+def test_a_run_resumed_after_a_drop_keeps_to_the_papers_update() -> None:
     first, second = (nn.Parameter(torch.tensor([1.5], dtype=torch.float64)) for _ in range(2))
     before, after = SGD2012([first]), SGD2012([second])
     ours = steps(before, first, GRADIENTS[:5], DROP[:5])
@@ -60,7 +60,7 @@ def test_it_keeps_to_the_papers_update_where_a_run_resumes_in_the_steps_after_a_
     assert ours == pytest.approx(scalar_steps(1.5, GRADIENTS, DROP), rel=1e-12)
 
 
-def test_at_a_constant_rate_it_equals_torchs_sgd_and_after_a_drop_it_does_not() -> None:
+def test_it_equals_torchs_sgd_at_a_constant_rate_and_not_after_a_drop() -> None:
     ours, theirs = (nn.Parameter(torch.tensor([1.5], dtype=torch.float64)) for _ in range(2))
     a = steps(SGD2012([ours]), ours, GRADIENTS, DROP)
     b = steps(
@@ -111,9 +111,7 @@ def small(name: str):
     return preset(name).with_fields(kernels=(4, 4, 4, 4, 4), hidden=(4, 4), classes=3)
 
 
-def test_the_paper_has_one_rule_and_the_2012_source_gives_biases_their_own_rate_and_no_decay() -> (
-    None
-):
+def test_biases_have_their_own_rate_and_no_decay_in_the_2012_source_only() -> None:
     from alexnet_mp import AlexNet
 
     rules = {}

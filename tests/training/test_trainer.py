@@ -165,7 +165,7 @@ def test_plot_losses_draws_both_curves(tmp_path) -> None:
     assert (tmp_path / "losses.png").stat().st_size > 5000
 
 
-def test_an_interrupted_trainer_continues_from_its_state_as_if_never_interrupted() -> None:
+def test_a_trainer_continues_from_its_state_as_if_never_interrupted() -> None:
     def data():
         return DataLoader(images(9), 3), DataLoader(images(5, 1), 3)
 
@@ -205,7 +205,7 @@ def test_evaluating_nothing_is_an_error() -> None:
         evaluate(nn.Linear(2, 2), [], device=torch.device("cpu"))
 
 
-def test_conv1_leaves_autograd_at_the_epoch_at_which_the_schedule_freezes_it() -> None:
+def test_conv1_leaves_autograd_when_the_schedule_freezes_it() -> None:
     config = preset("original").with_fields(
         image_size=64, kernels=(4, 4, 4, 4, 4), hidden=(6, 6), classes=3, epochs=5, lr=0.001
     )

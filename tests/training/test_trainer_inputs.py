@@ -375,7 +375,7 @@ def test_activation_checkpointing_repeats_a_pass_with_its_own_masks(reentrant: b
     assert results[0] == results[1]
 
 
-def test_each_of_several_passes_before_a_backward_is_repeated_with_its_own_masks() -> None:
+def test_each_pass_before_a_backward_is_repeated_with_its_own_masks() -> None:
     x, _ = images().tensors
     gradients = []
     for wrapped in (False, True):

@@ -202,7 +202,7 @@ def test_an_interrupt_during_validation_goes_on_with_the_validation() -> None:
     assert (one.epoch, one.step) == (1, 4) and one.train_losses == whole.train_losses[:1]
 
 
-def test_an_epoch_that_only_lacked_its_validation_has_the_rate_of_its_last_step() -> None:
+def test_an_epoch_that_lacked_its_validation_has_its_last_steps_rate() -> None:
     rates = []
     for stops in (False, True):
         one, train, val = rough()
@@ -241,7 +241,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_the_best_weights(capsys) -> 
     assert one.epoch == 3 and one.step == 9 + 4
 
 
-def test_a_loader_whose_workers_the_interrupt_reached_ends_training_as_well() -> None:
+def test_a_loader_whose_workers_were_interrupted_ends_training_too() -> None:
     one, train, val = rough()
 
     def dying():
@@ -442,7 +442,7 @@ class Skippable(list):
         return iter([self[k] for k in range(self.skip, len(self))])
 
 
-def test_copies_that_save_within_epochs_and_resume_have_the_uninterrupted_history() -> None:
+def test_copies_that_save_and_resume_have_the_uninterrupted_history() -> None:
     whole, saved = (run_ranks(on_copies, 2, save_every) for save_every in (0, 1))
     assert whole[0] == whole[1] == saved[0] == saved[1] and len(whole[0]) == 2
 
