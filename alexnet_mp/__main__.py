@@ -1,4 +1,5 @@
-"""`python -m alexnet_mp COMMAND [flags]`, and the same under torchrun: `torchrun --nproc_per_node=2 -m alexnet_mp train`."""
+"""`python -m alexnet_mp COMMAND [flags]`, and the same under torchrun: `torchrun --nproc_per_node=2
+-m alexnet_mp train`."""
 
 import signal
 import sys

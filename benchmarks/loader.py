@@ -82,7 +82,7 @@ class Request:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
 
 
-# ---- the images ----------------------------------------------------------------------------------
+# ---- the images ----
 
 
 def draw(count: int, folder: Path) -> list[Path]:
@@ -138,7 +138,7 @@ def arrange(files: list[Path], repeat: int, folder: Path) -> list[Path]:
     return sorted(links)
 
 
-# ---- the contestants -----------------------------------------------------------------------------
+# ---- the contestants ----
 
 
 class PaperTransform:
@@ -227,7 +227,7 @@ def our_packing(folder: Path, target: Path) -> Callable[[], int]:
     return run
 
 
-# ---- the measurement -----------------------------------------------------------------------------
+# ---- the measurement ----
 
 
 def take_turns(

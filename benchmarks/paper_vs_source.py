@@ -41,7 +41,7 @@ from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.trainer import NonFiniteError
 
 DESCRIPTION = """Trains the paper to the letter, the 2012 source, and every net one difference away
-from either, for some hundred steps; prints when each loss leaves ln(classes), and draws the losses."""
+from either, for some hundred steps. Prints when each loss leaves ln(classes), and draws them."""
 DIFFERENCES = {
     "start of conv3-5": ("initial_weights",),
     "LRN before ReLU": ("layer1_order",),

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Converts trained networks between formats: checkpoint, safetensors, plain and torchvision's state dicts, ONNX, Caffe.
+"""Converts trained networks between formats: checkpoint, safetensors, plain and torchvision's state
+dicts, ONNX, Caffe.
 
     python launch/convert.py bvlc_alexnet.caffemodel alexnet.pt --classes names.txt
     python launch/convert.py RUN/best.pt alexnet.onnx

@@ -3,7 +3,8 @@
 
     python launch/features.py --checkpoint RUN/best.pt FOLDER OUT.npz --layer fc7
 
-`--help` lists the flags. Exit code 2 if a file could not be read; the others are in OUT.npz all the same.
+`--help` lists the flags. Exit code 2 if a file could not be read; the others are in OUT.npz all the
+same.
 """
 
 import signal

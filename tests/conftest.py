@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Without a GPU the Triton kernels run in Triton's interpreter; Triton reads this when it is imported.
+# Without a GPU the Triton kernels run in Triton's interpreter; Triton reads this when it is
+# imported.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

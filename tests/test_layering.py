@@ -1,4 +1,5 @@
-"""The rooms of the package: what each may import, who may use process groups, and how long an entry script is."""
+"""The rooms of the package: what each may import, who may use process groups, and how long an entry
+script is."""
 
 import ast
 from pathlib import Path

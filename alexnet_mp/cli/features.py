@@ -25,7 +25,8 @@ def features(argv: Sequence[str]) -> int:
     with printing_json(request.json) as write:
         report = save_features(request, device)
         print(
-            f"{request.out}: {request.layer} of {report['images']:,} images, {report['values']:,} values each"
+            f"{request.out}: {request.layer} of {report['images']:,} images, "
+            f"{report['values']:,} values each"
         )
         write(report)
     return max((fail(line, 2) for line in report["unreadable"]), default=0)

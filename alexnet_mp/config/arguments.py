@@ -251,7 +251,8 @@ class ConvertRequest:
     source: Annotated[Positional[str], arg(metavar="IN")]
     """The file with a trained network."""
     target: Annotated[Positional[str], arg(metavar="OUT")]
-    """The new file; one that is there is replaced. Its end names its format: .pt .safetensors .pth .onnx .caffemodel .npy."""
+    """The new file; one that is there is replaced. Its end names its format: .pt .safetensors .pth
+    .onnx .caffemodel .npy."""
     from_kind: Annotated[WeightFormat | None, arg(name="from")] = None
     """The format of IN; None: as its content shows."""
     to_kind: Annotated[WeightFormat | None, arg(name="to")] = None
@@ -261,7 +262,8 @@ class ConvertRequest:
     preset: str = ""
     """What the network computes (norm, pooling, padding), for a state dict that does not say it."""
     json: Annotated[str, arg(metavar="FILE")] = ""
-    """Write what was converted into this file too; -: to the standard output, and nothing else there."""
+    """Write what was converted into this file too; -: to the standard output, and nothing else
+    there."""
 
 
 @dataclass(frozen=True)

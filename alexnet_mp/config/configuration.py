@@ -177,7 +177,8 @@ class RecipeConfig:
                 check(layer in LAYERS, f"--{flag} {layer}: not one of {' '.join(LAYERS)}")
         check(
             bool(self.init_from) or not self.reset,
-            f"--reset {' '.join(self.reset)}: says which layers --init-from leaves out; name a file",
+            f"--reset {' '.join(self.reset)}: says which layers --init-from leaves out; name a "
+            "file",
         )
         check_not_negative(
             self,
@@ -263,9 +264,8 @@ class RunConfig:
 class Config:
     """One complete configuration of a run. `with_fields` makes variants of it.
 
-    >>> from alexnet_mp import preset
-    >>> preset("demo").with_fields(lr=0.01, image_size=99).recipe.lr
-    0.01
+    >>> from alexnet_mp import preset >>> preset("demo").with_fields(lr=0.01,
+    image_size=99).recipe.lr 0.01
     """
 
     preset: str = "demo"

@@ -214,7 +214,8 @@ def _check_bare(root: Path, flag: str) -> None:
     for name in names:
         if any((root / name).glob("*/history.jsonl")):
             raise ValueError(
-                f"{flag} {root}: {name} holds training runs, whose pictures would pass for a class; "
+                f"{flag} {root}: {name} holds training runs, whose pictures would pass for a "
+                "class; "
                 "move it, and name another folder with --out"
             )
     named = [

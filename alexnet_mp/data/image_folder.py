@@ -257,7 +257,7 @@ def list_flat(
     return listing.finish(classes)
 
 
-# ---- messages ------------------------------------------------------------------------------------
+# ---- messages ----
 
 
 def _one_class(folder: Path, name: str) -> str:

@@ -57,8 +57,8 @@ class LocalLink:
 class WholeWeight(Tensor):
     """What `Crossing.weight` returns: a copy of both halves, whose changes in place reach them.
 
-    So nn.init, `copy_` and `weight[0] = 1` do what they do to a parameter, through `weight.data` and
-    through views as well. Gradients flow from it to the halves; it has no `grad` of its own.
+    So nn.init, `copy_` and `weight[0] = 1` do what they do to a parameter, through `weight.data`
+    and through views as well. Gradients flow from it to the halves; it has no `grad` of its own.
     """
 
     crossing: Crossing

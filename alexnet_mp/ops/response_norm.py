@@ -1,8 +1,9 @@
 """Response normalization as the paper defines it (P 3.3), and the one that the 2012 source adds.
 
-One formula is computed in three ways. A compiled kernel does ReLU, norm and pooling in one pass: C++
-on a CPU, Triton on CUDA. Where there is none, torch's operations do it, in a function that keeps
-nothing but its input. Where torch has to see each operation, as in torch.func, they stand alone.
+One formula is computed in three ways. A compiled kernel does ReLU, norm and pooling in one pass:
+C++ on a CPU, Triton on CUDA. Where there is none, torch's operations do it, in a function that
+keeps nothing but its input. Where torch has to see each operation, as in torch.func, they stand
+alone.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class LocalResponseNorm(ResponseNorm):
 class MapNorm(ResponseNorm):
     """The second norm of layer 2 in the 2012 source, which the paper does not have.
 
-    Its window is size x size pixels of the same map, with zeros beyond the edge.
-    (N, C, H, W) -> the same.
+    Its window is size x size pixels of the same map, with zeros beyond the edge. (N, C, H, W) ->
+    the same.
     """
 
     def __init__(
@@ -127,7 +128,8 @@ fx.wrap("map_norm")
 
 
 def _kernels_for(x: Tensor, size: int, beta: float) -> ModuleType | None:
-    """The module whose `forward` and `backward` compute the norm of `x` across maps, if any does."""
+    """The module whose `forward` and `backward` compute the norm of `x` across maps, if any
+    does."""
     if cpu_kernels.supports(x, size, beta):
         return cpu_kernels
     if cuda_kernels.supports(x, size, beta):
@@ -236,7 +238,8 @@ def _differentiable_gradient(y: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _computed(function: Callable[..., Tensor], norm: Norm, *tensors: Tensor) -> Tensor:
-    """`function` of tensors of one shape; on a CPU some images at a time, which stay in its cache."""
+    """`function` of tensors of one shape; on a CPU some images at a time, which stay in its
+    cache."""
     x = tensors[0]
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return function(*tensors, norm)

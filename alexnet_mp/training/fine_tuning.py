@@ -21,7 +21,8 @@ FREE = {
     "dropout_rate",
     "dropout_after",
 }
-"""Fields of a ModelConfig that may differ without a note: the shapes tell, or only training reads."""
+"""Fields of a ModelConfig that may differ without a note: the shapes tell, or only training
+reads."""
 PREPROCESSING = ("mean", "mean_values", "deviations", "color_order")
 
 

@@ -57,7 +57,10 @@ def test_messages_name_the_command_that_was_typed(prefix: list[str], program: st
 
 
 def test_two_ranks_train_as_a_module(tmp_path: Path) -> None:
-    flags = "--kernels 4 6 8 6 4 --hidden 24 20 --batch-size 32 --limit-train 72 --limit-val 30 --limit-test 40"
+    flags = (
+        "--kernels 4 6 8 6 4 --hidden 24 20 --batch-size 32 --limit-train 72 --limit-val 30 "
+        "--limit-test 40"
+    )
     module = [*TORCHRUN, "2", "-m", "alexnet_mp", "train"]
     done = start(
         module, *flags.split(), "--threads", "1", "--max-steps", "2", "--out", str(tmp_path / "run")
@@ -127,7 +130,10 @@ def test_a_public_name_has_a_docstring_with_an_example(name: str) -> None:
 
 def test_importing_the_package_is_cheap_and_every_public_name_is_found() -> None:
     assert set(alexnet_mp._MODULE_OF) == set(alexnet_mp.__all__) <= set(dir(alexnet_mp))
-    code = "import sys, alexnet_mp; alexnet_mp.preset('demo'); print({'torch', 'tyro', 'matplotlib'} & {*sys.modules})"
+    code = (
+        "import sys, alexnet_mp; alexnet_mp.preset('demo'); "
+        "print({'torch', 'tyro', 'matplotlib'} & {*sys.modules})"
+    )
     code += "\nalexnet_mp.Trainer; print('matplotlib' in sys.modules)"
     assert start([sys.executable, "-c", code]).stdout.split("\n")[:2] == ["set()", "False"]
     with pytest.raises(AttributeError, match="no attribute 'Trainr'"):

@@ -1,4 +1,5 @@
-"""launch/evaluate.py and launch/predict.py as people type them; and what their command lines refuse."""
+"""launch/evaluate.py and launch/predict.py as people type them; and what their command lines
+refuse."""
 
 import json
 import sys
@@ -57,7 +58,7 @@ def pictures(tmp_path_factory) -> list[str]:
     return [str(file) for file in files]
 
 
-# ---- evaluate --------------------------------------------------------------------------------------------------------------
+# ---- evaluate ----
 
 
 def test_the_checkpoint_alone_repeats_the_test_of_its_run(best, tmp_path) -> None:
@@ -169,7 +170,8 @@ def test_a_split_of_other_classes_is_refused_by_the_first_that_differs(best, tmp
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(
-        f"error: --data folder --data-dir {tmp_path}: there is a class 'cat', unlike in the images that {best}"
+        f"error: --data folder --data-dir {tmp_path}: there is a class 'cat', unlike in the "
+        f"images that {best}"
     )
 
 
@@ -252,7 +254,7 @@ def test_the_help_shows_how_to_start_and_every_flag_of_the_contract(parse, capsy
     assert [flag for flag in flags + more if flag not in text] == []
 
 
-# ---- predict ---------------------------------------------------------------------------------------------------------------
+# ---- predict ----
 
 
 def test_a_bad_file_is_named_and_the_others_are_shown(best, pictures, tmp_path) -> None:

@@ -36,8 +36,10 @@ def test_the_flag_that_torch_distributed_launch_adds_is_not_the_users(word: str)
 
 def test_every_flag_of_the_contract_is_there() -> None:
     argv = (
-        "--preset demo --data shapes --data-dir d --epochs 1 --max-steps 2 --batch-size 3 --image-size 99 --lr 0.1 --seed 5 --limit-train 6 "
-        "--limit-val 7 --limit-test 8 --device cpu --backend gloo --precision bf16 --compile --deterministic --threads 1 --column-ranks 2 "
+        "--preset demo --data shapes --data-dir d --epochs 1 --max-steps 2 --batch-size 3 "
+        "--image-size 99 --lr 0.1 --seed 5 --limit-train 6 "
+        "--limit-val 7 --limit-test 8 --device cpu --backend gloo --precision bf16 --compile "
+        "--deterministic --threads 1 --column-ranks 2 "
         "--out o --timeout 9"
     ).split()
     config = parse_train(argv)
@@ -211,7 +213,7 @@ def test_only_the_first_rank_prints_the_help(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out == ""
 
 
-# ---- --data-dir without --data ----------------------------------------------------------------------------------
+# ---- --data-dir without --data ----
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
 
 
 def print_to_nobody(rank: int, gone: str) -> tuple[str, int]:
-    """What the standard error shows when the stream `gone` is a pipe without a reader, and a last write's length."""
+    """What the standard error shows when the stream `gone` is a pipe without a reader, and a last
+    write's length."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     number = {"stdout": 1, "stderr": 2}[gone]

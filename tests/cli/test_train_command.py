@@ -12,7 +12,8 @@ from commands import PYTHON, ROOT, TORCHRUN, clean_environment, own_lines, start
 from image_sets import make_folder
 
 SMALL = (
-    "--kernels 4 6 8 6 4 --hidden 24 20 --batch-size 32 --limit-train 72 --limit-val 30 --limit-test 40 --threads 1"
+    "--kernels 4 6 8 6 4 --hidden 24 20 --batch-size 32 --limit-train 72 --limit-val 30 "
+    "--limit-test 40 --threads 1"
 ).split()
 
 
@@ -36,8 +37,8 @@ def test_two_ranks_under_torchrun_say_everything_once_and_nothing_for_a_terminal
     assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == ["1", "2"]
     assert sum(line.startswith("test: loss") for line in lines) == 1
     assert (
-        f"files in {tmp_path / 'run'}: best.pt  config.json  curves.png  history.jsonl  last.pt  result.json"
-        in lines
+        f"files in {tmp_path / 'run'}: best.pt  config.json  curves.png  history.jsonl  last.pt "
+        " result.json" in lines
     )
     assert not any(c in done.stdout + done.stderr for c in "\r\x1b")
 
@@ -78,7 +79,8 @@ def test_a_bad_file_whose_name_the_locale_cannot_write_is_listed_and_training_go
 
 
 def test_a_progress_bar_leaves_no_semaphore_for_a_helper_to_complain_of() -> None:
-    # What Python 3.14 does without being asked; the helper's warning would come after our last line.
+    # What Python 3.14 does without being asked; the helper's warning would come after our last
+    # line.
     done = start(
         [
             sys.executable,
@@ -199,7 +201,8 @@ def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(
 @pytest.mark.slow
 @pytest.mark.parametrize(("prefix", "number"), [([], signal.SIGTERM), (["nohup"], signal.SIGHUP)])
 def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path, prefix: list[str], number: int) -> None:
-    """nohup does not keep torchrun from ending at HUP: it handles the signal and hands it to the ranks."""
+    """nohup does not keep torchrun from ending at HUP: it handles the signal and hands it to the
+    ranks."""
     out = tmp_path / "run"
     command = [*prefix, *TORCHRUN, "2", "launch/train.py", *SMALL]
     process = subprocess.Popen(
@@ -239,7 +242,10 @@ def test_a_training_goes_on_when_its_terminal_closes(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_training_goes_on_when_the_reader_of_its_output_ends(tmp_path) -> None:
-    command = f"{sys.executable} launch/train.py {' '.join(SMALL)} --epochs 2 --out {tmp_path}/run | head -1"
+    command = (
+        f"{sys.executable} launch/train.py {' '.join(SMALL)} --epochs 2 --out "
+        f"{tmp_path}/run | head -1"
+    )
     done = start(["bash", "-c", f"set -o pipefail; {command}"])
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
     assert "the standard output is gone" in done.stderr

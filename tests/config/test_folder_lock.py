@@ -98,7 +98,8 @@ def test_a_file_system_that_refuses_locks_still_names_the_holder(
 
 
 def test_the_lock_is_a_file_opened_for_writing(tmp_path, monkeypatch) -> None:
-    """NFS answers EBADF to flock on a descriptor that is open for reading only, as a folder's is."""
+    """NFS answers EBADF to flock on a descriptor that is open for reading only, as a folder's
+    is."""
     modes = []
     monkeypatch.setattr(
         folder_lock.fcntl,

@@ -1,10 +1,12 @@
-"""Every preset against numbers typed from the references (paper.md, original-2012.md, tutorial.md), not from the code."""
+"""Every preset against numbers typed from the references (paper.md, original-2012.md, tutorial.md),
+not from the code."""
 
 import pytest
 
 from alexnet_mp import preset
 
-# name: (paper, original, tutorial); sources: P = paper.md, O = original-2012.md with its section, T = tutorial.md
+# name: (paper, original, tutorial); sources: P = paper.md, O = original-2012.md with its section, T
+# = tutorial.md
 TABLE = {
     "network": ("alexnet", "alexnet", "alexnet"),
     "columns": (2, 2, 1),  # P network; T one tower
@@ -117,7 +119,8 @@ def differences(name: str, base: str) -> dict:
 
 
 def test_the_half_net_is_the_original_in_one_column_with_conv5_and_fc_whole() -> None:
-    # O 1a: conv 48/128/192/192/256, fc 4096/4096; O 4: dropped after 20 and 48, conv1 from 66, frozen from 72, the last one not logged
+    # O 1a: conv 48/128/192/192/256, fc 4096/4096; O 4: dropped after 20 and 48, conv1 from 66,
+    # frozen from 72, the last one not logged
     assert differences("original-half", "original") == {
         "columns": 1,
         "kernels": (48, 128, 192, 192, 256),
@@ -127,7 +130,8 @@ def test_the_half_net_is_the_original_in_one_column_with_conv5_and_fc_whole() ->
 
 
 def test_the_isolated_net_talks_at_fc8_only_and_is_wider_in_exchange() -> None:
-    # O 4, net 150: no communication before fc1000; conv2 160 a column, first fc 4096 a column; dropped after 25, 49 and 79, conv1 66 and 72
+    # O 4, net 150: no communication before fc1000; conv2 160 a column, first fc 4096 a column;
+    # dropped after 25, 49 and 79, conv1 66 and 72
     assert differences("original-isolated", "original") == {
         "crossings": ("fc8",),
         "kernels": (48, 160, 192, 192, 128),
@@ -176,7 +180,8 @@ def test_photos_leaves_no_row_over_at_any_convolution_or_pool() -> None:
 
 
 def test_the_four_layer_net_is_cuda_convnets_without_its_normalization_and_decay() -> None:
-    # example-layers/layers-18pct.cfg and layer-params-18pct.cfg; P, figure 1: no regularisation of any kind
+    # example-layers/layers-18pct.cfg and layer-params-18pct.cfg; P, figure 1: no regularisation of
+    # any kind
     fields_there = fields("four-layers")
     expected = {
         "network": "four-layers",

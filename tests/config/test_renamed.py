@@ -1,4 +1,5 @@
-"""What earlier versions wrote is read under today's names, and what was typed then is refused with them."""
+"""What earlier versions wrote is read under today's names, and what was typed then is refused with
+them."""
 
 import pytest
 
@@ -11,7 +12,8 @@ from alexnet_mp.config.renamed import (
 
 
 def old_dictionary() -> dict:
-    """A configuration as the versions before the renaming wrote it into checkpoints and config.json."""
+    """A configuration as the versions before the renaming wrote it into checkpoints and
+    config.json."""
     values = preset("original").to_dict()
     values["data"] |= {"mean": "image-centre", "crop_chunk": 32, "colour_noise": 0.1}
     values["data"] |= {"colour_unit": "deviation", "colour_divides": True}

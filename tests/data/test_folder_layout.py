@@ -28,7 +28,7 @@ def message(root: Path | str) -> str:
     return str(caught.value)
 
 
-# ---- splits --------------------------------------------------------------------------------------
+# ---- splits ----
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "Valid", "VAL"])
@@ -125,7 +125,7 @@ def test_one_folder_around_the_set_is_looked_through(tmp_path: Path, capsys: Out
     assert f"{tmp_path / 'download'}: the images are those of {root}\n" in capsys.readouterr().out
 
 
-# ---- only what is asked for ----------------------------------------------------------------------
+# ---- only what is asked for ----
 
 
 @pytest.mark.parametrize("name", ["test", "val", "validation"])
@@ -160,7 +160,7 @@ def test_training_images_that_cannot_be_read_do_not_keep_from_testing(tmp_path: 
     assert len(load_split(config, "test", 0)) == 20
 
 
-# ---- one level too many, one class ---------------------------------------------------------------
+# ---- one level too many, one class ----
 
 
 @pytest.mark.parametrize("inner", ["images", "train"])
@@ -224,7 +224,7 @@ def test_classes_whose_folders_hold_folders_are_noted(tmp_path: Path, capsys: Ou
     )
 
 
-# ---- sets as they are published ------------------------------------------------------------------
+# ---- sets as they are published ----
 
 
 def make_tiny_imagenet(root: Path) -> Path:
@@ -349,7 +349,7 @@ def test_real_photographs_of_two_classes_are_listed_and_held_out(tmp_path: Path)
     assert splits.train.classes == ("n01443537", "n01641577")
 
 
-# ---- names and paths -----------------------------------------------------------------------------
+# ---- names and paths ----
 
 
 def test_composed_and_decomposed_letters_are_the_same_class(tmp_path: Path) -> None:

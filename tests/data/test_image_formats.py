@@ -54,7 +54,7 @@ def png(
     )
 
 
-# ---- colors --------------------------------------------------------------------------------------
+# ---- colors ----
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_hidden_colors_of_transparent_pixels_do_not_appear(
     assert color(tmp_path / name) == [255] * 3
 
 
-# ---- formats -------------------------------------------------------------------------------------
+# ---- formats ----
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "a.mpo"])
@@ -237,7 +237,7 @@ def test_a_file_that_may_not_be_read_is_named_with_the_systems_reason(
     assert try_read(path) == "Permission denied"
 
 
-# ---- sizes ---------------------------------------------------------------------------------------
+# ---- sizes ----
 
 
 @pytest.mark.parametrize("size", [(20000, 3), (3, 20000), (1, 1), (5000, 1)])
@@ -326,7 +326,7 @@ def test_an_image_smaller_than_the_crop_gets_no_black_border(tmp_path: Path) -> 
             assert (reds == reds[:, :, :1, :1]).all() and reds.shape[2:] == (227, 227)
 
 
-# ---- EXIF ----------------------------------------------------------------------------------------
+# ---- EXIF ----
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

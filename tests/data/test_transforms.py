@@ -55,7 +55,7 @@ def many_draws(augment: Augment, batches: int = 200, rows: int = 128) -> Augment
     )
 
 
-# ---- crops and flips -----------------------------------------------------------------------------
+# ---- crops and flips ----
 
 
 def test_a_crop_is_the_slice_at_its_place_mirrored_where_drawn() -> None:
@@ -136,7 +136,7 @@ def test_a_rank_takes_its_rows_of_the_draws_of_the_whole_batch() -> None:
     assert torch.equal(part.left, whole.left[4:7]) and torch.equal(part.color, whole.color[4:7])
 
 
-# ---- test views ----------------------------------------------------------------------------------
+# ---- test views ----
 
 
 @pytest.mark.parametrize("side, size, first", [(256, 224, 16), (256, 227, 14), (20, 16, 2)])
@@ -161,7 +161,7 @@ def test_the_fifth_of_the_ten_views_is_the_test_view_whatever_the_mean(mean: str
     assert torch.equal(augment.ten_crop(images)[:, 4], augment.test(images))
 
 
-# ---- means ---------------------------------------------------------------------------------------
+# ---- means ----
 
 
 def test_the_2012_mean_is_the_mean_images_center_wherever_the_crop_lies() -> None:
@@ -203,7 +203,7 @@ def test_a_mean_image_needs_statistics() -> None:
         Augment(DataConfig(), 67)
 
 
-# ---- color noise ---------------------------------------------------------------------------------
+# ---- color noise ----
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_gray_images_have_no_color_to_vary_but_brightness() -> None:
     assert (color - color[:, :1]).abs().max() < 1e-3 and color.std() > 1
 
 
-# ---- sizes ---------------------------------------------------------------------------------------
+# ---- sizes ----
 
 
 @pytest.mark.parametrize("size, side", [(67, 76), (227, 256), (99, 112)])

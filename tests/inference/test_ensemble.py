@@ -1,4 +1,5 @@
-"""Ten views and several networks, averaged: against sums written out by hand, at any batch size and placement."""
+"""Ten views and several networks, averaged: against sums written out by hand, at any batch size and
+placement."""
 
 import math
 import weakref
@@ -227,7 +228,7 @@ def test_the_ten_views_are_in_memory_one_at_a_time(store) -> None:
     assert len(seen) == 10 * 5
 
 
-# ---- whole checkpoints, at their places ------------------------------------------------------------------------------------
+# ---- whole checkpoints, at their places ----
 
 SMALL = preset("demo").with_fields(
     kernels=(4, 6, 8, 6, 4),

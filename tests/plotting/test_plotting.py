@@ -77,7 +77,7 @@ def extents(figure) -> list:
     return [(text, text.get_window_extent()) for text in texts if text.get_text()]
 
 
-# ---- curves ----------------------------------------------------------------------------------------------------------------
+# ---- curves ----
 
 
 def test_curves_are_losses_and_errors_over_epochs(tmp_path) -> None:
@@ -172,7 +172,7 @@ def test_the_epochs_to_a_target_are_those_of_the_curve_that_is_drawn() -> None:
     assert [epochs_to(values, 2.0, window) for window in (1, 2, 3, 9)] == [2, 4, 4, None]
 
 
-# ---- kernels ---------------------------------------------------------------------------------------------------------------
+# ---- kernels ----
 
 
 def test_color_selectivity_is_0_for_gray_1_for_opponent_colors_and_two_thirds_for_noise() -> None:
@@ -259,7 +259,7 @@ def test_columns_stand_above_each_other_with_their_names_and_mean_selectivity(
         draw_kernels([])
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------------
+# ---- images ----
 
 
 def bars(axes) -> list[tuple[float, str, str]]:
@@ -371,7 +371,7 @@ def test_no_images_are_an_error(make) -> None:
         make()
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------------
+# ---- names ----
 
 
 @pytest.mark.parametrize("kind", ["predictions", "neighbors", "samples"])
