@@ -256,10 +256,10 @@ def test_each_rank_of_the_papers_net_sends_57576_values_an_image() -> None:
     assert torch.equal(ranks[0][2], ranks[1][2])  # the logits, bit for bit
 
 
-def traffic(rank: int, number: int) -> dict:
+def traffic(rank: int, number: int, columns: int = 2) -> dict:
     with process_group():
         link = GroupLink(dist.group.WORLD)
-        one_step(AlexNet(small(), (rank,), link, seed=0), number)
+        one_step(AlexNet(small(columns), (rank,), link, seed=0), number)
         return dict(link.meter.values)
 
 
@@ -272,6 +272,16 @@ def test_what_is_sent_per_image_does_not_depend_on_the_batch() -> None:
             if layer != "fc8"
         }
         assert run(traffic, 2, number) == [sent] * 2
+
+
+def test_on_four_ranks_three_peers_get_a_copy_each() -> None:
+    sent = {("training", layer, "forward"): 3 * 2 * size for layer, size in SIZES.items()}
+    sent |= {
+        ("training", layer, "backward"): 3 * 2 * size
+        for layer, size in SIZES.items()
+        if layer != "fc8"
+    }
+    assert run(traffic, 4, 2, 4) == [sent] * 4
 
 
 class Calls(TorchDispatchMode):
