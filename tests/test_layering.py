@@ -121,3 +121,13 @@ def test_nothing_in_the_package_imports_entry_scripts_or_tests() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.name)
 def test_an_entry_script_has_under_80_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 80
+
+
+def test_the_packages_map_names_every_module_of_every_room() -> None:
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    for room in ROOMS:
+        section = text.split(f"### {room}/")[1].split("###")[0].split("\n## ")[0]
+        named = {line.split("`")[1] for line in section.splitlines() if line.startswith("| `")}
+        files = {path.name for path in (PACKAGE / room).glob("*.py")} - {"__init__.py"}
+        files |= {f"csrc/{path.name}" for path in (PACKAGE / room).rglob("*.cpp")}
+        assert named == files, f"alexnet_mp/README.md, {room}/: {named ^ files}"

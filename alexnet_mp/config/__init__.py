@@ -1,4 +1,4 @@
-"""What can be configured, and what every room may use: checked dataclasses, presets, seeds, files.
+"""The configuration, and small things for every room: checked dataclasses, presets, seeds, files.
 
 Imports no other room. Start with `configuration.py`; each preset of `presets.py` names its sources.
 """
