@@ -219,6 +219,10 @@ class ModelConfig:
             self.columns == 1,
             f"--columns {self.columns}: --network four-layers has one column",
         )
+        check(
+            not any(self.conv1_padding),
+            f"--conv1-padding {self.conv1_padding}: --network four-layers has none but its own",
+        )
         for name in ("map_norm", "adaptive_pool", "dropout_rate"):
             value = getattr(self, name)
             check(

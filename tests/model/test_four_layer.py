@@ -75,6 +75,7 @@ def test_a_configuration_says_which_network_it_is() -> None:
         ({"hidden": (5, 5)}, "--hidden"),
         ({"dropout_rate": 0.5}, "--dropout-rate 0.5"),
         ({"map_norm": True}, "--map-norm"),
+        ({"conv1_padding": (0, 3, 0, 3)}, "--conv1-padding"),
         ({"initial_weights": ("he",) * 8}, "needs 4 values"),
     ],
 )
