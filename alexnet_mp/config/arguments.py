@@ -260,7 +260,8 @@ class ConvertRequest:
     classes: Annotated[str, arg(metavar="FILE")] = ""
     """Names of the classes, one a line, in the order of the logits."""
     preset: str = ""
-    """What the network computes (norm, pooling, padding), for a state dict that does not say it."""
+    """The preset whose norm, pooling and padding the network has, for a state dict that has
+    none."""
     json: Annotated[str, arg(metavar="FILE")] = ""
     """Write what was converted into this file too; -: to the standard output, and nothing else
     there."""

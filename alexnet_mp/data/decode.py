@@ -38,7 +38,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What each EXIF orientation asks a reader to do."""
+"""The transposition that each EXIF orientation asks for."""
 _one_large = threading.Lock()
 
 

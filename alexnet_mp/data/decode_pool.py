@@ -28,7 +28,7 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class Packing:
-    """How image files become a store."""
+    """Settings of packing: encoding, errors, threads, progress."""
 
     encode: Literal["raw", "jpeg"] = "raw"
     """raw: pixels as they are; jpeg: smaller, and decoded again at each epoch."""

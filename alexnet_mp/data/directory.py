@@ -26,7 +26,7 @@ def as_text(name: str) -> str:
 
 
 def sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in `folder`, sorted by name."""
+    """Returns the entries of `folder`, sorted by name."""
     with os.scandir(folder) as found:
         return sorted(found, key=lambda entry: as_text(entry.name))
 

@@ -246,7 +246,7 @@ def _check_train_is_no_class(
 
 
 def _unlabeled(folders: Mapping[Split, Path]) -> int:
-    """How many images the test folder has, where they are not sorted into classes; else 0."""
+    """Returns the number of test images that are not sorted into classes."""
     test = folders["test"]
     place = flat_images(test)
     classes = [name for name in visible_folders(test) if test / name != place]

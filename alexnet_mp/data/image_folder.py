@@ -274,7 +274,7 @@ def _one_class(folder: Path, name: str) -> str:
 
 
 def _loose_images(folder: Path, entries: Sequence[os.DirEntry[str]]) -> str:
-    """What to do with a folder in which there are images but no class folders."""
+    """Returns the advice for a folder that has images but no class folders."""
     images = [as_text(entry.name) for entry in entries if is_image(entry.name)]
     if not images:
         return f"; expected {folder}/CLASS/ with images in it"

@@ -23,7 +23,7 @@ DONT_NEED, WILL_NEED = 4, 3
 READ, SHARED = 1, 1
 """PROT_READ and MAP_SHARED, likewise."""
 FAILED = ctypes.c_void_p(-1).value
-"""What mmap returns where it fails."""
+"""The address that mmap returns when it fails."""
 _mappings: set[int] = set()
 """Addresses of the mappings that `map_file` made and that are still in use."""
 

@@ -25,7 +25,7 @@ class Request:
     run_once_per_host: RunOncePerHost
     progress: bool
     side: int | None
-    """What the images will be resized to; None: not known."""
+    """The side that images will be resized to; None if it is not known."""
 
     @property
     def directory(self) -> Path:

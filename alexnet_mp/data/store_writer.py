@@ -32,7 +32,7 @@ class EncodedImage(NamedTuple):
 
 
 class WrittenShard(NamedTuple):
-    """What is known of a shard once it is written."""
+    """Name, checksum and contents of a written shard."""
 
     entry: dict[str, Any]
     """Its entry in the header: sides, counts, bytes and checksum."""

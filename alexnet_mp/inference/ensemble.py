@@ -134,7 +134,7 @@ class EnsembleRunner:
 
     @property
     def views(self) -> int:
-        """How many views of each image are averaged."""
+        """The number of views of each image that are averaged."""
         return 10 if self.request.ten_crop else 1
 
     def print_rank0(self, text: str) -> None:

@@ -25,7 +25,7 @@ from alexnet_mp.ops.tracing import needs_plain_operations
 
 
 class Link(Protocol):
-    """How a model gets what other columns computed."""
+    """Gives a model the activations of the other columns."""
 
     def start_exchange(self, layer: str, x: list[Tensor]) -> Callable[[], list[Tensor]]:
         """Offers these columns' outputs to all columns.

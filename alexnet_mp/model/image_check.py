@@ -1,4 +1,4 @@
-"""What a network says to images that it cannot read: both shapes and the way out, in one line."""
+"""Refuses images that a network cannot read, in one line with both shapes and the way out."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ def _compile(command: list[str]) -> None:
 
 
 def _processor() -> str:
-    """What -march=native means here: a home folder may be shared by different machines."""
+    """This processor, as -march=native sees it: a home folder may be shared by different
+    machines."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() + platform.machine()

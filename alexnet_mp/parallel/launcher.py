@@ -74,7 +74,7 @@ def launcher_keeps_store() -> bool:
 
 
 def restarts() -> int:
-    """How often torchrun has started this job's ranks again."""
+    """Returns the number of times that torchrun has restarted this job's ranks."""
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return int(count) if count.isdigit() else 0
 

@@ -60,7 +60,7 @@ LOOP_KINDS = {
     "loss_scale": dict,
     "tally": dict,
 }
-"""What `Trainer.state_dict` must hold, and of which type, before a trainer is given it."""
+"""Keys and types that the loop's state must have before a trainer is given it."""
 
 
 def save(

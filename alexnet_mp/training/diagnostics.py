@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from alexnet_mp.model.alexnet import AlexNet
 
 NEAR_A_GUESS = 0.005
-"""How near the loss is to ln(classes), relatively, where nothing has been learned."""
+"""A loss within this share of ln(classes) counts as nothing learned."""
 FEW_CORRECT = 1.5
 """Times the share of right answers that guessing gives: a network with more has learned something.
 """

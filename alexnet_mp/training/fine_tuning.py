@@ -61,7 +61,7 @@ def initialize_from(
 
 
 def _notes(network: NetworkFile, config: Config) -> list[str]:
-    """What the file's network computes otherwise, as flags that would take it over."""
+    """Returns the flags with which this network would compute as the file's does."""
     flags = []
     mine = vars(config.model) | {name: getattr(config.data, name) for name in PREPROCESSING}
     theirs = vars(network.config.model) | vars(network.config.data)

@@ -143,7 +143,7 @@ def check_range(lowest: int, highest: int, classes: int, loader: str) -> None:
 
 
 def known_classes(model: nn.Module) -> int | None:
-    """How many logits `model` gives, where that can be told without running it."""
+    """Returns the number of logits of `model`, where that is known without running it."""
     network = our_network(model)
     if network is None:
         return None

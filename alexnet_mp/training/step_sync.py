@@ -256,7 +256,8 @@ def parameter_name(name: str) -> str:
 
 
 def depth(name: str) -> int:
-    """How far towards the output a parameter lies, by its layer's name; 0 for other modules."""
+    """Returns the number of a parameter's layer, which grows towards the output; 0 for other
+    modules."""
     return max(
         (number for number, layer in enumerate(LAYERS, 1) if f".{layer}." in f".{name}."), default=0
     )

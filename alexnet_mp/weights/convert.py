@@ -21,7 +21,7 @@ from alexnet_mp.weights.network_file import NetworkFile
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of file is read and written."""
+    """The functions that read and write one kind of file."""
 
     name: str
     """What the file is called in messages."""
