@@ -10,8 +10,8 @@ import pytest
 import torch
 from commands import TORCHRUN, own_lines, start
 from PIL import Image
+from small_nets import MEASURED
 
-from alexnet_mp import preset
 from alexnet_mp.cli.flags import UsageError
 from alexnet_mp.cli.parser import parse_evaluate, parse_predict
 from alexnet_mp.config.arguments import Networks, PredictRequest
@@ -22,26 +22,13 @@ from alexnet_mp.training import checkpoint
 from alexnet_mp.training.run import run
 
 EVALUATE, PREDICT = [sys.executable, "launch/evaluate.py"], [sys.executable, "launch/predict.py"]
-SMALL = preset("demo").with_fields(
-    kernels=(4, 6, 8, 6, 4),
-    hidden=(24, 20),
-    epochs=1,
-    batch_size=32,
-    limit_train=96,
-    limit_val=30,
-    limit_test=50,
-    threads=1,
-    lr=1e-4,
-    initial_weights=("he",) * 8,
-    mean="image-aligned",
-)
 
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory) -> str:
     """A checkpoint on generated images; result.json lies beside it."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    run(SMALL.with_fields(out=str(out)))
+    run(MEASURED.with_fields(out=str(out)))
     return str(out / "best.pt")
 
 
@@ -51,7 +38,7 @@ def pictures(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("pictures")
     files = [folder / name for name in ("a.png", "b.jpg", "c.png")]
     for file, image in zip(
-        files, load(SMALL.data, 0, side=76).test.gather(range(3)).numpy(), strict=True
+        files, load(MEASURED.data, 0, side=76).test.gather(range(3)).numpy(), strict=True
     ):
         with open(file, "wb") as target:
             Image.fromarray(image.transpose(1, 2, 0)).save(target, "PNG")
@@ -285,7 +272,7 @@ def test_the_json_alone_is_on_the_standard_output(best, pictures) -> None:
 
 def test_a_files_prediction_is_the_networks_answer_to_the_stored_image(best, pictures) -> None:
     ensemble = EnsembleRunner(Networks((best,), threads=1))
-    expected = ensemble.probabilities(load(SMALL.data, 0, side=76).test.gather(range(3)))
+    expected = ensemble.probabilities(load(MEASURED.data, 0, side=76).test.gather(range(3)))
     answers = predict_files(
         PredictRequest((*pictures, pictures[0]), Networks((best,), threads=1), top=99)
     )

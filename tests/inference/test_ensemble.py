@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from ranks import run as run_ranks
+from small_nets import MEASURED
 from torch import nn
 
-from alexnet_mp import Trainer, preset
+from alexnet_mp import Trainer
 from alexnet_mp.config import DataConfig, progress
 from alexnet_mp.config.arguments import EvaluateRequest, Networks
 from alexnet_mp.data import Augment, Loader, Statistics, Store, load
@@ -230,27 +231,14 @@ def test_the_ten_views_are_in_memory_one_at_a_time(store) -> None:
 
 # ---- whole checkpoints, at their places ----
 
-SMALL = preset("demo").with_fields(
-    kernels=(4, 6, 8, 6, 4),
-    hidden=(24, 20),
-    epochs=1,
-    batch_size=32,
-    limit_train=96,
-    limit_val=30,
-    limit_test=50,
-    threads=1,
-    lr=1e-4,
-    initial_weights=("he",) * 8,
-    mean="image-aligned",
-    color_noise=0.1,
-)
+NOISY = MEASURED.with_fields(color_noise=0.1)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The folder of a short run, with weights that give the classes different probabilities."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    run(SMALL.with_fields(out=str(out)))
+    run(NOISY.with_fields(out=str(out)))
     return out
 
 
@@ -258,7 +246,7 @@ def trained(tmp_path_factory) -> Path:
 def other(tmp_path_factory) -> Path:
     """The same for a network of one column, which has seen other images."""
     out = tmp_path_factory.mktemp("other") / "run"
-    run(SMALL.with_fields(out=str(out), columns=1, seed=1, limit_train=80, mean="image-center"))
+    run(NOISY.with_fields(out=str(out), columns=1, seed=1, limit_train=80, mean="image-center"))
     return out
 
 
@@ -284,7 +272,7 @@ def scores_of(result: dict) -> dict:
 def test_one_view_repeats_the_test_of_the_run_bit_for_bit(trained) -> None:
     content = checkpoint.read(trained / "last.pt")
     ensemble = EnsembleRunner(Networks((str(trained / "last.pt"),), threads=1))
-    splits = load(SMALL.data, SMALL.run.seed, side=76)
+    splits = load(NOISY.data, NOISY.run.seed, side=76)
     trainer = Trainer(
         ensemble.model.networks[0],
         nn.CrossEntropyLoss(reduction="sum"),
@@ -292,7 +280,7 @@ def test_one_view_repeats_the_test_of_the_run_bit_for_bit(trained) -> None:
         "cpu",
         verbose=False,
     )
-    augment = Augment(SMALL.data, 67, Statistics(**content["data"]["statistics"]))
+    augment = Augment(NOISY.data, 67, Statistics(**content["data"]["statistics"]))
     expected = trainer.scores(Loader(splits.test, augment, 32))
     result = evaluate_checkpoints(asked(trained, ten_crop=False))
     assert Scores(result["loss"], result["top1"], result["top5"], result["images"]) == expected
@@ -303,7 +291,7 @@ def test_one_view_repeats_the_test_of_the_run_bit_for_bit(trained) -> None:
 
 def test_the_ten_views_of_a_checkpoint_are_the_stack_that_the_augmentation_gives(trained) -> None:
     ensemble = EnsembleRunner(Networks((str(trained / "last.pt"),), ten_crop=True, threads=1))
-    test = load(SMALL.data, SMALL.run.seed, side=76).test
+    test = load(NOISY.data, NOISY.run.seed, side=76).test
     images = test.gather(range(50))
     stack = ensemble.augment.ten_crop(images)
     with torch.no_grad():
@@ -383,7 +371,7 @@ def test_networks_of_one_and_of_two_columns_are_averaged_on_two_ranks_as_on_one(
 
 def test_a_checkpoint_among_others_answers_as_it_does_alone(trained, other) -> None:
     files = [str(folder / "last.pt") for folder in (trained, other)]
-    images = load(SMALL.data, SMALL.run.seed, side=76).test.gather(range(9))
+    images = load(NOISY.data, NOISY.run.seed, side=76).test.gather(range(9))
     alone = [
         EnsembleRunner(Networks((file,), ten_crop=True, threads=1)).probabilities(images)
         for file in files
@@ -409,7 +397,7 @@ def test_the_whole_split_is_taken_however_few_images_training_took(
 def test_the_mean_image_is_the_training_images_whatever_is_evaluated(
     trained, other, monkeypatch
 ) -> None:
-    expected = load(SMALL.data, SMALL.run.seed, side=76).train.statistics(76)
+    expected = load(NOISY.data, NOISY.run.seed, side=76).train.statistics(76)
     kept = checkpoint.read(trained / "last.pt")["data"]["statistics"]
     assert torch.equal(kept["mean_image"], expected.mean_image) and torch.equal(
         kept["covariance"], expected.covariance
@@ -430,9 +418,9 @@ def test_the_mean_image_is_the_training_images_whatever_is_evaluated(
 def test_a_run_that_needs_no_mean_image_keeps_none_and_one_that_does_resumes_with_it(
     trained, tmp_path
 ) -> None:
-    run(SMALL.with_fields(out=str(tmp_path / "half"), mean="half", color_noise=0.0, max_steps=1))
+    run(NOISY.with_fields(out=str(tmp_path / "half"), mean="half", color_noise=0.0, max_steps=1))
     assert checkpoint.read(tmp_path / "half" / "last.pt")["data"]["statistics"] is None
-    run(SMALL.with_fields(out=str(tmp_path / "second"), resume=str(trained / "last.pt"), epochs=2))
+    run(NOISY.with_fields(out=str(tmp_path / "second"), resume=str(trained / "last.pt"), epochs=2))
     assert checkpoint.read(tmp_path / "second" / "last.pt")["loop"]["epoch"] == 2
 
 
@@ -492,7 +480,7 @@ def test_the_precision_that_is_asked_for_is_computed_in(trained, asked, expected
     assert seen[-1] == {"fp32": torch.float32, "bf16": torch.bfloat16}[expected]
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(0, SMALL.recipe.batch_size), (7, 7)])
+@pytest.mark.parametrize(("asked", "expected"), [(0, NOISY.recipe.batch_size), (7, 7)])
 def test_the_batch_size_that_is_asked_for_is_read(trained, monkeypatch, asked, expected) -> None:
     sizes, loader = [], EnsembleRunner.loader
 

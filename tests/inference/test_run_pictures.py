@@ -11,8 +11,8 @@ import pytest
 import torch
 from commands import start
 from PIL import Image
+from small_nets import SMALL
 
-from alexnet_mp import preset
 from alexnet_mp.data import load
 from alexnet_mp.inference.finished_run import FinishedRun
 from alexnet_mp.inference.neighbors import class_balanced_sample, nearest
@@ -54,17 +54,7 @@ def test_images_for_a_picture_are_one_of_each_class_before_a_second_of_any() -> 
     assert sorted(class_balanced_sample(labels, 1000, 5)) == list(range(74))
 
 
-SMALL = preset("demo").with_fields(
-    kernels=(4, 6, 8, 6, 4),
-    hidden=(24, 20),
-    epochs=2,
-    batch_size=32,
-    limit_train=72,
-    limit_val=30,
-    limit_test=40,
-    threads=1,
-    lr=0.02,
-)
+TWO_EPOCHS = SMALL.with_fields(epochs=2)
 FILES = [
     "kernels.png",
     "curves.png",
@@ -79,7 +69,7 @@ FILES = [
 def finished(tmp_path_factory) -> Path:
     """A run whose preprocessing needs the training images' statistics."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    run(SMALL.with_fields(out=str(out), mean="image-center"))
+    run(TWO_EPOCHS.with_fields(out=str(out), mean="image-center"))
     return out
 
 
@@ -157,7 +147,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(finished, flags: list[str], words
 
 
 def test_a_run_that_stopped_in_its_first_epoch_has_all_pictures_but_the_curves(tmp_path) -> None:
-    run(SMALL.with_fields(out=str(tmp_path / "run"), max_steps=1))
+    run(TWO_EPOCHS.with_fields(out=str(tmp_path / "run"), max_steps=1))
     pictures = list(draw(FinishedRun(tmp_path / "run"), tmp_path / "out", images=2))
     assert [picture.file.name for picture in pictures] == [
         "kernels.png",

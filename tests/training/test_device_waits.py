@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_nets import TINY
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alexnet_mp import AlexNet, ModelConfig, Trainer, preset
+from alexnet_mp import AlexNet, Trainer, preset
 from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.step_sync import Outcome, StepSync
-
-TINY = ModelConfig(kernels=(4, 4, 4, 4, 4), hidden=(6, 5), classes=3, image_size=67)
 
 
 class NoCopies(TorchDispatchMode):

@@ -6,24 +6,15 @@ import pytest
 import torch
 from foreign_networks import random_network
 from ranks import run as run_ranks
+from small_nets import SMALL
 
-from alexnet_mp import Config, preset
+from alexnet_mp import Config
 from alexnet_mp.training import checkpoint
 from alexnet_mp.training.run import Run, run
 from alexnet_mp.weights.convert import write_network_file
 from alexnet_mp.weights.network_file import NetworkFile
 
-SMALL = preset("demo").with_fields(
-    kernels=(4, 6, 8, 6, 4),
-    hidden=(24, 20),
-    epochs=1,
-    batch_size=32,
-    limit_train=72,
-    limit_val=30,
-    limit_test=40,
-    threads=1,
-    lr=0.02,
-)  # of shapes, which have 12 classes
+ONE_EPOCH = SMALL.with_fields(epochs=1)  # of shapes, which have 12 classes
 
 
 @pytest.fixture
@@ -36,7 +27,7 @@ def trained(tmp_path) -> tuple[Path, NetworkFile]:
 
 def tune(file: Path, out: Path, **fields: object) -> Config:
     flags = {"init_from": str(file), "reset": ("fc8",), "out": str(out)} | fields
-    return SMALL.with_fields(**flags)
+    return ONE_EPOCH.with_fields(**flags)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -52,7 +43,7 @@ def test_training_starts_from_the_file_and_a_reset_layer_from_its_draw(
 ) -> None:
     file, network = trained
     run(tune(file, tmp_path / "a", max_steps=1, lr=0.0))
-    drawn = SMALL.with_fields(out=str(tmp_path / "b"), max_steps=1, lr=0.0)
+    drawn = ONE_EPOCH.with_fields(out=str(tmp_path / "b"), max_steps=1, lr=0.0)
     fresh = (run(drawn), weights(tmp_path / "b"))[1]
     for name, value in weights(tmp_path / "a").items():
         expected = fresh[name] if ".fc8." in name else network.tensors[name]
@@ -147,4 +138,4 @@ def test_layers_that_are_none_are_refused(tmp_path, fields: dict, words: str) ->
 
 def test_a_run_without_a_layer_to_train_is_refused(trained, tmp_path) -> None:
     with pytest.raises(ValueError, match="no layer is left to train"):
-        run(tune(trained[0], tmp_path / "a", freeze=SMALL.model.layers))
+        run(tune(trained[0], tmp_path / "a", freeze=ONE_EPOCH.model.layers))

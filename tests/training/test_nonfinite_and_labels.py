@@ -7,10 +7,11 @@ import pytest
 import torch
 from ranks import RanksFailed
 from ranks import run as run_ranks
+from small_nets import TINY, TINY_RUN
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from alexnet_mp import AlexNet, Config, ModelConfig, Trainer, preset
+from alexnet_mp import AlexNet, Config, Trainer, preset
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training import checkpoint
@@ -20,18 +21,7 @@ from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.step_sync import StepSync
 from alexnet_mp.training.trainer import NonFiniteError
 
-TINY = ModelConfig(kernels=(4, 4, 4, 4, 4), hidden=(6, 5), classes=3, image_size=67)
-CONFIG = preset("demo").with_fields(
-    kernels=(4, 4, 4, 4, 4),
-    hidden=(6, 5),
-    epochs=2,
-    batch_size=16,
-    limit_train=40,
-    limit_val=12,
-    limit_test=12,
-    threads=1,
-    lr=0.02,
-)
+CONFIG = TINY_RUN
 
 
 def batches(count: int = 3, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -2,25 +2,15 @@
 
 import torch
 from ranks import run as run_ranks
+from small_nets import TINY_RUN
 
-from alexnet_mp import Config, preset
+from alexnet_mp import Config
 from alexnet_mp.ops.precision import LossScale
 from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.training import checkpoint
 from alexnet_mp.training.run import Run
 
-CONFIG = preset("demo").with_fields(
-    kernels=(4, 4, 4, 4, 4),
-    hidden=(6, 5),
-    epochs=2,
-    batch_size=16,
-    limit_train=40,
-    limit_val=12,
-    limit_test=12,
-    threads=1,
-    lr=0.02,
-    precision="fp16",
-)
+CONFIG = TINY_RUN.with_fields(precision="fp16")
 
 
 def overflowing(rank: int, config: Config) -> tuple[float, int, int]:

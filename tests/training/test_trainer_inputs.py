@@ -6,13 +6,12 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.utils.checkpoint
+from small_nets import TINY
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from alexnet_mp import AlexNet, ModelConfig, Trainer
 from alexnet_mp.training.schedule import TorchSchedule
-
-TINY = ModelConfig(kernels=(4, 4, 4, 4, 4), hidden=(6, 5), classes=3, image_size=67)
 
 
 def points(n: int = 12, classes: int = 3, seed: int = 0) -> TensorDataset:

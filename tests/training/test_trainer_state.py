@@ -10,18 +10,17 @@ import sys
 import pytest
 import torch
 from ranks import run as run_ranks
+from small_nets import TINY
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from alexnet_mp import AlexNet, Config, ModelConfig, RunConfig, Trainer, preset
+from alexnet_mp import AlexNet, Config, RunConfig, Trainer, preset
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.training.metrics import EpochMetrics, evaluate
 from alexnet_mp.training.schedule import Cosine, EarlyStopping, build_schedule
 from alexnet_mp.training.sgd2012 import SGD2012, build_optimizer
 from alexnet_mp.training.step_sync import Stopped
-
-TINY = ModelConfig(kernels=(4, 4, 4, 4, 4), hidden=(6, 5), classes=3, image_size=67)
 
 
 def points(n: int, seed: int = 0) -> TensorDataset:
