@@ -241,7 +241,7 @@ def _refuse_changes(config: Config, stored: Config, path: Path) -> None:
             before = getattr(getattr(stored, part), name)
             if value != before and name not in FREE_ON_RESUME:
                 other = (
-                    "; training these weights on other images (fine-tuning) is not supported yet"
+                    f"; for other images or classes (fine-tuning): --init-from {path} --reset fc8"
                     if part == "data" or name == "classes"
                     else ", or start a new run without --resume"
                 )

@@ -174,7 +174,7 @@ def test_resume_takes_the_flags_that_the_run_already_had(checkpoint_file) -> Non
 def test_resuming_on_other_images_says_that_it_is_not_fine_tuning(
     checkpoint_file, flag: str, value: str
 ) -> None:
-    with pytest.raises(UsageError, match=r"\(fine-tuning\) is not supported yet"):
+    with pytest.raises(UsageError, match=r"--init-from .*--reset fc8"):
         parse_train(["--resume", str(checkpoint_file), flag, value])
 
 
