@@ -219,7 +219,8 @@ def crossings(context: ParallelContext) -> Iterator[Row]:
 
 def _compare_gradients(context: ParallelContext, precision: str) -> list[dict[str, Any]]:
     """Relative errors of the logits and of the gradient through each crossing, the worst rank's."""
-    split, whole = _networks(context, small_config())
+    split = context.build_model(small_config(), 0)
+    whole = _all_columns(context, small_config())
     if precision == "fp64":
         split, whole = split.double(), whole.double()
     images, labels = _batch(context, small_config(), 12, split)
@@ -274,7 +275,7 @@ def training_steps(context: ParallelContext) -> Iterator[Row]:
     """Trains the small network for some steps with dropout, split and whole, and compares
     weights."""
     config = small_config()
-    networks = _networks(context, config)
+    networks = context.build_model(config, 0), _all_columns(context, config)
     images, labels = _batch(context, config, 12, networks[0])
     for network in networks:
         optimizer = build_optimizer(network, RecipeConfig(lr=0.01))
@@ -359,12 +360,11 @@ def _train_for(
     whole: bool,
 ) -> tuple[float, float]:
     """(images/s, share of the time spent waiting for the exchange), after two steps of warm-up."""
-    split, all_columns = _networks(context, config.model, only="whole" if whole else "split")
-    network = all_columns if whole else split
+    model = config.model
+    network = _all_columns(context, model) if whole else context.build_model(model, 0)
     images, labels = _batch(context, config.model, batch, network)
     optimizer = build_optimizer(network, config.recipe)
-    meter, steps, began, waited = context.meter, 0, 0.0, 0.0
-    waiting_before = 0.0
+    meter, steps, began, waiting_before = context.meter, 0, 0.0, 0.0
     for step in range(10_000):
         if step == 2:
             _synchronize(context)
@@ -389,16 +389,10 @@ def _train_for(
     return batch * steps / elapsed, waited / elapsed
 
 
-def _networks(
-    context: ParallelContext, config: ModelConfig, only: str = "both"
-) -> tuple[AlexNet, AlexNet]:
-    """This rank's columns, and all columns on this rank, from one seed."""
-    split = context.build_model(config, 0) if only != "whole" else None
-    whole = None
-    if only != "split":
-        whole = AlexNet(config, seed=0).to(context.device)
-        whole = whole.to(memory_format=torch.channels_last)
-    return split or whole, whole or split  # type: ignore[return-value]  # one of them exists
+def _all_columns(context: ParallelContext, config: ModelConfig) -> AlexNet:
+    """The whole network on this rank, from the seed of `context.build_model(config, 0)`."""
+    whole = AlexNet(config, seed=0).to(context.device)
+    return whole.to(memory_format=torch.channels_last)
 
 
 def _batch(

@@ -16,6 +16,7 @@ import torch.distributed.run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from commands import clean_environment
 from harness import FAULTS, ROOT, TINY
 from impatient_torchrun import PATIENCE
 
@@ -62,19 +63,7 @@ class Job:
         torchrun: tuple[str, ...] = ("-m", "torch.distributed.run"),
     ) -> "Job":
         mark, screen, note = uuid.uuid4().hex, folder / "screen", folder / "note"
-        names = (
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-            "OMP_NUM_THREADS",
-        )
-        environment = {name: value for name, value in os.environ.items() if name not in names} | {
-            MARK: mark,
-            "PYTHONPATH": str(ROOT),
-        }
+        environment = clean_environment(**{MARK: mark})
         command = [
             sys.executable,
             *torchrun,
