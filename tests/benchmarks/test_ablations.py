@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py, recipes.py, paper_vs_source.py on tiny networks: trainings and tables."""
+"""ablations.py, recipes.py and paper_vs_source.py on tiny networks: trainings, files and tables."""
 
 import dataclasses
 import importlib
