@@ -2,8 +2,9 @@
 
 A stride of 4 over three colors leaves the matrix units of a CPU or a GPU idle: in bfloat16 the
 gradient of conv1's weights alone took a tenth of a step on a CPU, and its forward pass a third of
-the kernels' time on an H200, where cuDNN takes a direct kernel for it. The same sums are a convolution of 3x3 blocks at
-stride 1 over the 48 values of a block, with kernels of 12x12 whose last row and column are zeros.
+the kernels' time on an H200, where cuDNN takes a direct kernel for it. The same sums are a
+convolution of 3x3 blocks at stride 1 over the 48 values of a block, with kernels of 12x12 whose
+last row and column are zeros.
 """
 
 from __future__ import annotations
