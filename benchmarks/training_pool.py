@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import signal
 import statistics
 import sys
@@ -134,14 +135,13 @@ class Pool:
         about = estimate(missing, self.out, self.jobs)
         print(estimate_line(about), flush=True)
         began = time.monotonic()
-        # The processes are new: a fork would inherit torch's threads and CUDA's state.
-        context = multiprocessing.get_context("spawn")
-        stop: Stop = context.Event() if self.jobs > 1 else threading.Event()
+        stop = Stop(self.out / f".stop-{os.getpid()}")
+        stop.clear()
         with (
             self._stopping(stop),
             progress(total=len(missing), description="training", unit="networks") as shown,
         ):
-            for _ in self._work(missing, stop, context):
+            for _ in self._work(missing, stop):
                 shown.update()
                 each()
         left = sum(found(one, self.out) is None for one in missing)
@@ -160,7 +160,7 @@ class Pool:
         """0, also at the end of the time; 1 where a training failed; 128 + n after signal n."""
         return 128 + self.received if self.received else int(bool(self.failed))
 
-    def _work(self, missing: Sequence[Training], stop: Stop, context: Any) -> Iterator[None]:
+    def _work(self, missing: Sequence[Training], stop: Stop) -> Iterator[None]:
         """Trains; gives something back whenever one is done."""
         if self.jobs == 1:
             for training in missing:
@@ -172,9 +172,11 @@ class Pool:
         if stop.is_set():
             return
         jobs = min(self.jobs, len(missing))
-        with ProcessPoolExecutor(jobs, context, _start_worker, (stop,)) as executor:
+        # The processes are new: a fork would inherit torch's threads and CUDA's state.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, _start_worker) as executor:
             running = {
-                executor.submit(_train_unless_stopped, one, self.out): one for one in missing
+                executor.submit(_train_unless_stopped, one, self.out, stop): one for one in missing
             }
             for future in as_completed(running):
                 if self._done(running[future], future.result):
@@ -210,23 +212,18 @@ class Pool:
             yield
         finally:
             timer.cancel()
-            stop.set()
+            stop.clear()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
-_stop: Stop
+def _start_worker() -> None:
+    """Runs first in each process of the pool: a Ctrl-C reaches it by way of `stop`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _start_worker(stop: Stop) -> None:
-    """Runs first in each process of the pool."""
-    global _stop
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches it by way of `stop`
-
-
-def _train_unless_stopped(training: Training, out: Path) -> bool:
-    return not _stop.is_set() and train(training, out, _stop)
+def _train_unless_stopped(training: Training, out: Path, stop: Stop) -> bool:
+    return not stop.is_set() and train(training, out, stop)
 
 
 def threads_of(asked: int, jobs: int, device: str) -> int:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from plateau import RecordingLoss
 from shared_images import shared_images
@@ -35,14 +35,23 @@ SAVE_SECONDS = 60.0
 SERIES = ("lr", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "grad_norm")
 
 
-class Stop(Protocol):
-    """An event of threads or of processes."""
+@dataclass(frozen=True)
+class Stop:
+    """Says to all processes of a pool whether to stop: by a file, which needs no living process.
 
-    def is_set(self) -> bool: ...
+    multiprocessing's Event waits for ever where a process that waited for it has ended.
+    """
 
-    def set(self) -> None: ...
+    path: Path
 
-    def wait(self, timeout: float | None = None) -> bool: ...
+    def is_set(self) -> bool:
+        return self.path.exists()
+
+    def set(self) -> None:
+        self.path.touch()
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -203,6 +212,7 @@ class Watch:
             there = trainer.step and self._losses.exists()
             before = json.loads(self._losses.read_text("utf-8")) if there else []
             trainer.criterion = RecordingLoss(before[: trainer.step]).to(trainer.device)
+        trainer.stop_requested = self.stop.is_set()
         threading.Thread(target=self._wait, name="stop", daemon=True).start()
 
     def _write_losses(self) -> None:
@@ -211,8 +221,8 @@ class Watch:
             write_atomically(self._losses, json.dumps([round(loss, 5) for loss in losses]) + "\n")
 
     def _wait(self) -> None:
-        while not self._over.is_set():
-            if self.stop.wait(0.2):
+        while not self._over.wait(0.2):
+            if self.stop.is_set():
                 self.trainer.stop_requested = True
                 return
 

@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -289,14 +288,14 @@ def test_a_training_gives_up_when_a_rival_was_faster(tiny, tmp_path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "scores.json").write_text(json.dumps(scores))
     pools.share_images(training.config, tmp_path)
-    assert trainings.train(training, tmp_path, threading.Event())
+    assert trainings.train(training, tmp_path, trainings.Stop(tmp_path / "stop"))
     scores = trainings.found(training, tmp_path)
     assert (scores["end"], scores["epochs"]) == ("outrun", 1)
 
 
 def test_a_training_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(tiny, tmp_path) -> None:
     training = one_training(tiny, record_losses=True)
-    stop = threading.Event()
+    stop = trainings.Stop(tmp_path / "stop")
     folders = [tmp_path / "stopped", tmp_path / "whole"]
     for folder in folders:
         pools.share_images(training.config, folder)
