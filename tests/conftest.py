@@ -40,6 +40,7 @@ SLOW_MODULES = {
     "inference/test_run_pictures.py",
     "ops/test_allocator.py",
     "ops/test_triton_kernels.py",
+    "parallel/test_layouts.py",
     "parallel/test_parity.py",
     "test_ranks.py",
     "test_ranks_failures.py",
