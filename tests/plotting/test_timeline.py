@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Annotation
 
-from alexnet_mp.plotting.timeline import WAIT_COLOR, draw_timeline, readable_bytes
+from alexnet_mp.plotting.timeline import BETWEEN_RANKS, WAIT_COLOR, draw_timeline, readable_bytes
 
 LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
 
@@ -19,15 +19,15 @@ def rank_of(number: int, late: float = 0.0) -> dict:
     """Eight layers forward and back, 10 ms each; conv3 waits 4 ms between its halves."""
     forward = [span(layer, "forward", i * 0.01, (i + 1) * 0.01) for i, layer in enumerate(LAYERS)]
     forward[2:3] = [
-        span("conv3", "forward", 0.02, 0.023, "own"),
-        span("conv3", "forward", 0.027, 0.03, "peers"),
+        span("conv3", "forward", 0.02, 0.0235, "own"),
+        span("conv3", "forward", 0.0275, 0.03, "peers"),
     ]
     backward = [
         span(layer, "backward", 0.08 + i * 0.01, 0.09 + i * 0.01)
         for i, layer in enumerate(reversed(LAYERS))
     ]
     blocks = [*forward, *backward, span("update", "between", 0.16, 0.17)]
-    waits = [span("conv3", "forward", 0.023, 0.027)]
+    waits = [span("conv3", "forward", 0.0235, 0.0275)]
     moved = [
         [part | {"begin": part["begin"] + late, "end": part["end"] + late} for part in parts]
         for parts in (blocks, waits)
@@ -92,10 +92,11 @@ def test_each_message_is_an_arrow_from_its_sending_to_its_arrival(tmp_path) -> N
     assert 20_000 < (tmp_path / "timeline.png").stat().st_size < 200_000
 
 
-def test_arrows_lead_from_the_senders_rows_to_the_receivers() -> None:
-    figure = draw_timeline(step())
-    down = [a for a in arrows(figure) if a.xy[1] > a.xyann[1]]  # the y axis points down
-    assert len(down) == len(CROWDED) / 2  # of rank 0, which is above
+@pytest.mark.parametrize(("sender", "way"), [(0, 1), (1, -1)])
+def test_arrows_lead_from_the_senders_rows_to_the_receivers(sender: int, way: int) -> None:
+    figure = draw_timeline(step(messages=[m for m in CROWDED if m["from"] == sender]))
+    for arrow in arrows(figure):  # rank 0 is above, and the y axis points down
+        assert arrow.xy[1] - arrow.xyann[1] == pytest.approx(way * BETWEEN_RANKS)
 
 
 def test_each_message_names_its_layer_and_bytes() -> None:
@@ -128,6 +129,12 @@ def test_red_is_what_the_ranks_waited_and_the_sum_is_written() -> None:
 def test_every_layer_is_named_once_a_rank_and_pass() -> None:
     names = Counter(text for text, _ in words(draw_timeline(step(messages=[]))))
     assert {names[layer] for layer in LAYERS} == {4}  # two ranks, two passes
+
+
+def test_a_crossings_name_stands_on_its_wider_half() -> None:
+    forward = draw_timeline(step()).axes[0]
+    places = [text.get_position()[0] for text in forward.texts if text.get_text() == "conv3"]
+    assert places == pytest.approx([(20 + 23.5) / 2, 1 + (20 + 23.5) / 2])
 
 
 @pytest.mark.parametrize(
