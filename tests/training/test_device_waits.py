@@ -96,6 +96,7 @@ def test_a_wait_in_a_step_is_noticed(wait, monkeypatch) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
 def test_on_cuda_no_step_after_the_first_ones_synchronizes() -> None:
     model = AlexNet(TINY).to("cuda", memory_format=torch.channels_last)
     optimizer = build_optimizer(model, preset("demo").recipe)

@@ -184,6 +184,7 @@ def test_two_compiled_ranks_train_as_one_device_to_rounding(tmp_path) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Inductor's advice on TF32 and small GPUs
 def test_a_run_replayed_as_cuda_graphs_trains_as_one_that_is_not(tmp_path) -> None:
     for name, graphs in (("plain", False), ("graphs", True)):
         one(tmp_path / name, device="cuda", cuda_graphs=graphs)
