@@ -10,6 +10,7 @@ from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.folder_cache import packed_folder
 from alexnet_mp.data.folder_layout import SPLITS, Split
 from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.image_sets import SetOptions, find_image_set
 from alexnet_mp.data.source import Request
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import read_header
@@ -24,26 +25,27 @@ SHOWN = 3
 
 
 class ImageFolder:
-    """--data folder: image files sorted into splits and classes."""
+    """--data folder: image files sorted into splits and classes, also within archives."""
 
     def __init__(self, request: Request) -> None:
-        """Looks for the splits. FileNotFoundError or ValueError as `find_layout`."""
-        directory = folder_layout.existing_folder(request.directory, "--data-dir")
+        """Looks for the splits. FileNotFoundError or ValueError as `find_image_set`."""
+        directory = request.directory
         if _is_store(directory):
             raise ValueError(
                 f"--data folder --data-dir {directory}: a packed store; use --data store"
             )
-        self.request, self.layout = request, folder_layout.find_layout(directory)
-        self.splits: Sequence[Split] = [split for split in SPLITS if split in self.layout.folders]
-        for note in self.layout.notes:
+        options = SetOptions(skip=request.config.on_error == "skip", progress=request.progress)
+        self.request, self.found = request, find_image_set(directory, options=options)
+        self.splits: Sequence[Split] = [split for split in SPLITS if split in self.found.folders]
+        for note in self.found.notes:
             request.print_rank0(note)
 
     def describe(self, split: Split) -> str:
-        return str(self.layout.folders[split])
+        return str(self.found.folders[split])
 
     def open(self, splits: Sequence[Split]) -> dict[Split, Store]:
         """Lists all of `splits` before the first is packed, which may take hours."""
-        listings = {split: self.layout.list(split) for split in splits}
+        listings = {split: self.found.list(split) for split in splits}
         folder_layout.report(listings, self.request.print_rank0)
         return {split: self._open(split, listings[split]) for split in splits}
 
@@ -51,7 +53,8 @@ class ImageFolder:
         """The store of one split, packed into the cache if it is in none."""
         request = self.request
         packing = Packing(on_error=request.config.on_error, progress=request.progress)
-        path = packed_folder(listing, split, packing, request.cache(request.directory / CACHE))
+        place = request.directory if request.directory.is_dir() else request.directory.parent
+        path = packed_folder(listing, split, packing, request.cache(place / CACHE))
         if skipped := read_header(path)["skipped"]:
             request.print_rank0(
                 f"{listing.folder}: left out {len(skipped):,} files that cannot be read: "
