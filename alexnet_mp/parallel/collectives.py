@@ -5,6 +5,7 @@ It uses gloo groups on the CPU and is metered apart from the activations, which 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alexnet_mp.parallel.devices import all_cores
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.parallel.meter import Meter
 
@@ -174,6 +176,7 @@ class Collectives:
     def run_once_per_host(self, work: Callable[[], object]) -> None:
         """Runs `work` on the first rank of each host while the others wait, however long.
 
+        That rank's new threads may use all cores of the host, not only its own share.
         Then the others run it too: where they see the first rank's files nothing is left to do, and
         where they do not (containers of one host) they make their own. A failure is raised on all
         ranks, as ValueError.
@@ -183,7 +186,8 @@ class Collectives:
             return
         for first in (True, False):
             mine = (self.environment.local_rank == 0) == first
-            message = _message_of_failure(work) if mine else None
+            with all_cores() if first else contextlib.nullcontext():
+                message = _message_of_failure(work) if mine else None
             failures = [m for m in self.gather_no_timeout(message) if m]
             if failures:
                 raise ValueError(failures[0])
