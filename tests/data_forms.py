@@ -1,4 +1,6 @@
-"""Writes a folder of images in the other forms that people hold: tars, webdataset, Parquet."""
+"""Writes a folder of images in the other forms that people hold: tars, webdataset, Parquet, and
+ImageNet's own archives.
+"""
 
 import io
 import json
@@ -6,6 +8,9 @@ import random
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+
+WNIDS = ("n01440764", "n01443537", "n02007558")
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 
 def images_of(folder: Path) -> list[Path]:
@@ -84,3 +89,52 @@ def make_parquet(
             file = target / "data" / f"{name}-{number:05d}-of-{len(starts):05d}.parquet"
             pq.write_table(pa.Table.from_pylist(rows, schema), file, row_group_size=group)
     return target
+
+
+def make_ilsvrc(folder: Path, target: Path) -> Path:
+    """ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, whose members are in no order.
+
+    The images of val get the names that they have there, by which their classes are known.
+    """
+    target.mkdir(parents=True)
+    wnids = sorted(path.name for path in (folder / "train").iterdir())
+    with tarfile.open(target / "ILSVRC2012_img_train.tar", "w") as train:
+        for wnid in [*wnids[1:], wnids[0]]:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for path in sorted((folder / "train" / wnid).iterdir(), reverse=True):
+                    add(archive, path.name, path.read_bytes())
+            add(train, f"{wnid}.tar", inner.getvalue())
+    with tarfile.open(target / "ILSVRC2012_img_val.tar", "w") as val:
+        for number, path in enumerate(validation_images(folder)):
+            add(val, f"ILSVRC2012_val_{number + 1:08d}.JPEG", path.read_bytes())
+    return target
+
+
+def validation_images(folder: Path) -> list[Path]:
+    """The images of val in the order of their numbers, in which the classes take turns."""
+    return sorted((folder / "val").rglob("*.*"), key=lambda path: (path.name, path.parent.name))
+
+
+def make_devkit(path: Path, folder: Path, numbers: list[int] | None = None) -> Path:
+    """The devkit of the images of `folder`, with an inner node of the tree besides the leaves.
+
+    `numbers`: other classes of the validation images than the true ones.
+    """
+    import numpy as np
+    from scipy.io import savemat
+
+    wnids = sorted(path.name for path in (folder / "train").iterdir())
+    number_of = {wnid: k + 1 for k, wnid in enumerate([*wnids[1:], wnids[0]])}  # not in their order
+    rows = [(number, wnid, 0) for wnid, number in number_of.items()] + [(1001, "n00001740", 3)]
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
+    mat = io.BytesIO()
+    savemat(mat, {"synsets": np.array(rows, kinds).reshape(-1, 1)})
+    if numbers is None:
+        numbers = [number_of[path.parent.name] for path in validation_images(folder)]
+    truth = "data/ILSVRC2012_validation_ground_truth.txt"
+    with tarfile.open(path, "w:gz") as archive:
+        add(archive, "ILSVRC2012_devkit_t12/data/meta.mat", mat.getvalue())
+        text = "".join(f"{number}\n" for number in numbers)
+        add(archive, f"ILSVRC2012_devkit_t12/{truth}", text.encode())
+    return path

@@ -81,7 +81,7 @@ def tar_members(
     try:
         tar = tarfile.TarFile(fileobj=file, mode="r")
     except (tarfile.ReadError, OSError, *DAMAGE) as error:
-        raise ValueError(f"{place}: not a tar file, or damaged ({error})") from None
+        raise ValueError(f"{place}: neither tar nor zip, or damaged ({error})") from None
     held: Member | None = None  # until it is certain that the archive does not end within it
     reason: str | None = ""
     while reason == "":

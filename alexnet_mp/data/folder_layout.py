@@ -150,9 +150,7 @@ def existing_folder(directory: Path, flag: str, expected: str = EXPECTED) -> Pat
         if found.is_dir():
             return found
     if directory.exists():
-        raise ValueError(
-            f"{flag} {directory}: a file, and a folder is expected; unpack an archive first"
-        )
+        raise ValueError(f"{flag} {directory}: a file, and a folder is expected")
     raise FileNotFoundError(
         f"{flag} {directory}: no such folder{_similar(directory)}; expected one with {expected}"
     )

@@ -1,5 +1,6 @@
-"""webdataset: tar shards in which adjacent members with one key are a sample, `key.jpg` and
-`key.cls` or `key.json`.
+"""webdataset: tar shards in which adjacent members with one key are a sample.
+
+A sample is an image, `KEY.jpg`, and its label, `KEY.cls` or a field of `KEY.json`.
 """
 
 from __future__ import annotations

@@ -380,13 +380,6 @@ def test_a_mistyped_data_dir_names_the_folder_meant(tmp_path: Path) -> None:
         assert f"no such folder (did you mean {root}?)" in message(typed)
 
 
-def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pets.zip").write_bytes(b"PK")
-    assert "pets.zip: a file, and a folder is expected; unpack an archive" in message(
-        tmp_path / "pets.zip"
-    )
-
-
 def test_links_to_the_set_and_to_its_splits_are_followed(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "real")
     (tmp_path / "linked").mkdir()

@@ -1,69 +1,46 @@
 """ImageNet's own archives: a tar of tars, a flat tar, and the devkit."""
 
-import io
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
-from data_forms import add
+from data_forms import DEVKIT, WNIDS, add, make_devkit, make_ilsvrc
 from image_sets import write_image
 
 from alexnet_mp.data import dataset_packer
 from alexnet_mp.data.decode_pool import Packing
-from alexnet_mp.data.ilsvrc import DEVKIT, TRUTH
+from alexnet_mp.data.ilsvrc import TRUTH
 from alexnet_mp.data.image_sets import SetOptions, list_source
 
-WNIDS = ("n01440764", "n01443537", "n02007558")
-NUMBERS = {"n01440764": 3, "n01443537": 1, "n02007558": 2}  # the devkit's own
-TRUE = [2, 0, 1, 1, 2, 0]  # places of the sorted wnids of the validation images
-
-
-def image(path: Path, level: int) -> bytes:
-    return write_image(path, (20, 24), (level,) * 3).read_bytes()
+TRUE = [0, 1, 2, 0, 1, 2]  # places of the sorted wnids of the validation images
+Request = pytest.FixtureRequest
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The same images as class folders."""
+    """The same images as class folders, val's under the names that they have in the archive."""
     root = tmp_path / "folder"
     for label, wnid in enumerate(WNIDS):
         for k in range(4):
-            image(root / "train" / wnid / f"{wnid}_{k * 37}.JPEG", 10 * label + k)
+            write_image(
+                root / "train" / wnid / f"{wnid}_{k * 37}.JPEG", color=(20 * label + k,) * 3
+            )
     for k, label in enumerate(TRUE):
-        image(root / "val" / WNIDS[label] / f"ILSVRC2012_val_0000000{k + 1}.JPEG", 100 + k)
+        name = f"ILSVRC2012_val_0000000{k + 1}.JPEG"
+        write_image(root / "val" / WNIDS[label] / name, color=(100 + k,) * 3)
     return root
 
 
 @pytest.fixture
 def archives(folder: Path, tmp_path: Path) -> Path:
-    """ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, whose members are in no order."""
-    place = tmp_path / "ILSVRC"
-    place.mkdir()
-    with tarfile.open(place / "ILSVRC2012_img_train.tar", "w") as train:
-        for wnid in (WNIDS[1], WNIDS[0], WNIDS[2]):
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as archive:
-                for path in sorted((folder / "train" / wnid).iterdir(), reverse=True):
-                    add(archive, path.name, path.read_bytes())
-            add(train, f"{wnid}.tar", inner.getvalue())
-    with tarfile.open(place / "ILSVRC2012_img_val.tar", "w") as val:
-        for path in sorted((folder / "val").rglob("*.JPEG")):
-            add(val, path.name, path.read_bytes())
-    return place
+    return make_ilsvrc(folder, tmp_path / "ILSVRC")
 
 
-def make_devkit(path: Path, numbers: list[int] | None = None) -> Path:
-    """The devkit's archive, with an inner node of the tree besides the leaves."""
-    savemat, np = pytest.importorskip("scipy.io").savemat, pytest.importorskip("numpy")
-    rows = [(number, wnid, 0) for wnid, number in NUMBERS.items()] + [(1001, "n00001740", 3)]
-    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
-    mat = io.BytesIO()
-    savemat(mat, {"synsets": np.array(rows, kinds).reshape(-1, 1)})
-    truth = [NUMBERS[WNIDS[label]] for label in TRUE] if numbers is None else numbers
-    with tarfile.open(path, "w:gz") as archive:
-        add(archive, "ILSVRC2012_devkit_t12/data/meta.mat", mat.getvalue())
-        add(archive, f"ILSVRC2012_devkit_t12/{TRUTH}", "".join(f"{n}\n" for n in truth).encode())
-    return path
+@pytest.fixture
+def devkit(folder: Path, tmp_path: Path) -> Path:
+    pytest.importorskip("scipy")
+    return make_devkit(tmp_path / DEVKIT, folder)
 
 
 def pack(source: Path, store: Path, options: SetOptions) -> dict[str, bytes]:
@@ -85,10 +62,10 @@ def labels_file(path: Path) -> Path:
 @pytest.mark.parametrize("given", ["devkit", "labels"])
 @pytest.mark.parametrize("source", [".", "ILSVRC2012_img_train.tar"])
 def test_the_original_archives_give_the_store_of_the_class_folders(
-    archives: Path, folder: Path, tmp_path: Path, given: str, source: str
+    archives: Path, folder: Path, tmp_path: Path, given: str, source: str, request: Request
 ) -> None:
     options = (
-        SetOptions(devkit=make_devkit(tmp_path / DEVKIT))
+        SetOptions(devkit=request.getfixturevalue("devkit"))
         if given == "devkit"
         else SetOptions(labels_file=labels_file(tmp_path / "val.txt"))
     )
@@ -97,22 +74,22 @@ def test_the_original_archives_give_the_store_of_the_class_folders(
 
 
 def test_the_devkit_beside_the_archives_is_taken_and_named(
-    archives: Path, capsys: pytest.CaptureFixture[str]
+    archives: Path, devkit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_devkit(archives / DEVKIT)
+    shutil.copy(devkit, archives / DEVKIT)
     listings = list_source(archives)
     assert listings["val"].labels.tolist() == sorted(TRUE)
     assert f"val: the classes are those of {archives / DEVKIT}" in capsys.readouterr().out
 
 
 def test_the_devkit_also_names_the_classes_of_unpacked_validation_images(
-    folder: Path, archives: Path, tmp_path: Path
+    folder: Path, devkit: Path, tmp_path: Path
 ) -> None:
     (folder / "val").rename(tmp_path / "sorted")
     for path in (tmp_path / "sorted").rglob("*.JPEG"):
         (folder / "val").mkdir(exist_ok=True)
         path.rename(folder / "val" / path.name)
-    options = SetOptions(devkit=make_devkit(tmp_path / DEVKIT))
+    options = SetOptions(devkit=devkit)
     assert list_source(folder, options=options)["val"].labels.tolist() == sorted(TRUE)
 
 
@@ -156,9 +133,10 @@ def test_a_damaged_class_is_one_line_and_the_others_can_be_packed(
     ],
 )
 def test_a_devkit_of_other_images_is_refused(
-    archives: Path, tmp_path: Path, numbers: list[int], words: str
+    archives: Path, folder: Path, tmp_path: Path, numbers: list[int], words: str
 ) -> None:
-    options = SetOptions(devkit=make_devkit(tmp_path / DEVKIT, numbers))
+    pytest.importorskip("scipy")
+    options = SetOptions(devkit=make_devkit(tmp_path / DEVKIT, folder, numbers))
     with pytest.raises(ValueError, match=words):
         list_source(archives, options=options)
 
