@@ -46,6 +46,7 @@ SLOW_MODULES = {
     "training/test_recipes.py",
     "training/test_run.py",
     "training/test_run_settings.py",
+    "training/test_tensorboard.py",
 }
 
 

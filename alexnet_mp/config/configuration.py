@@ -227,6 +227,9 @@ class RunConfig:
     bytes. Logits are always sent as they are."""
     profile: bool = False
     """Write OUT/trace.json of a few steps, for Perfetto, and print where each step's time goes."""
+    tensorboard: bool = False
+    """Write OUT/tensorboard: losses, accuracies, rate, norms of the gradients, kernels. Needs the
+    package tensorboard."""
     compile: bool = False
     """Compile the layers between two crossings with torch.compile. A crossing is where ranks
     exchange."""

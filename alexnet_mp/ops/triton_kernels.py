@@ -21,7 +21,6 @@ They have been run with Triton's interpreter only, not on hardware.
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -31,22 +30,18 @@ from torch import Tensor
 POOL = 3
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PIXELS = 128  # of a program in the interpreter
+VALUES, WARPS = 1024, 4  # of a program on a GPU
 
 
-def _tuned(key: list[str]) -> Callable[[Any], Any]:
-    """Chooses the block and warps of a kernel by trial, once for each `key`; the interpreter takes
-    PIXELS."""
+def _block(maps: int) -> dict[str, int]:
+    """Pixels and warps of a program that reads `maps` maps of each pixel.
+
+    They are fixed, not found by trial: a trial compiles each kernel for each candidate, which took
+    a minute before the first step.
+    """
     if INTERPRETED:
-        return lambda kernel: kernel
-    configs = [
-        triton.Config({"BLOCK": block}, num_warps=warps)
-        for block, warps in ((4, 4), (8, 4), (16, 4), (16, 8), (32, 8))
-    ]
-    return triton.autotune(configs=configs, key=key)  # type: ignore[no-any-return]  # Triton is untyped
-
-
-def _block() -> dict[str, int]:
-    return {"BLOCK": PIXELS} if INTERPRETED else {}
+        return {"BLOCK": PIXELS}
+    return {"BLOCK": max(VALUES // triton.next_power_of_2(maps), 1), "num_warps": WARPS}
 
 
 @triton.jit
@@ -79,7 +74,6 @@ def _norm_at(z, base, channel, C: tl.constexpr, inside, k, alpha, RELU: tl.const
     return center * _power(k + alpha * total)
 
 
-@_tuned(["C", "H", "W", "STRIDE"])
 @triton.jit
 def _relu_lrn_pool_forward(
     z,
@@ -156,7 +150,6 @@ def _gradient_at(
     return total
 
 
-@_tuned(["C", "H", "W", "STRIDE"])
 @triton.jit
 def _relu_lrn_pool_backward(
     z,
@@ -267,7 +260,6 @@ def _pixel_sum(
     return total
 
 
-@_tuned(["C", "H", "W"])
 @triton.jit
 def _map_norm_forward(
     z,
@@ -294,7 +286,6 @@ def _map_norm_forward(
     tl.store(out + pixel[:, None] * C + channel[None, :], y.to(out.dtype.element_ty), mask=keep)
 
 
-@_tuned(["C", "H", "W"])
 @triton.jit
 def _map_norm_terms(
     z,
@@ -324,7 +315,6 @@ def _map_norm_terms(
     tl.store(terms + pixel[:, None] * C + channel[None, :], g * _power(d) * x / d, mask=keep)
 
 
-@_tuned(["C", "H", "W"])
 @triton.jit
 def _map_norm_backward(
     z,
@@ -357,7 +347,6 @@ def _map_norm_backward(
     tl.store(dz + pixel[:, None] * C + channel[None, :], result.to(dz.dtype.element_ty), mask=keep)
 
 
-@_tuned(["SIZE"])
 @triton.jit
 def _crop(
     images,
@@ -440,7 +429,7 @@ def forward(
             CP=triton.next_power_of_2(maps),
             RELU=relu,
             STRIDE=stride,
-            **_block(),
+            **_block(maps),
         )
     return out, places
 
@@ -477,7 +466,7 @@ def backward(
             CP=triton.next_power_of_2(maps),
             RELU=relu,
             STRIDE=stride,
-            **_block(),
+            **_block(maps),
         )
     return dz
 
@@ -498,7 +487,7 @@ def map_norm_forward(z: Tensor, size: int, k: float, alpha: float) -> Tensor:
             C=maps,
             CP=triton.next_power_of_2(maps),
             SIZE=size,
-            **_block(),
+            **_block(maps),
         )
     return out
 
@@ -509,7 +498,7 @@ def map_norm_backward(z: Tensor, gradient: Tensor, size: int, k: float, alpha: f
     dz = torch.empty_like(z, memory_format=torch.channels_last)
     if total := images * height * width:
         terms = torch.empty_like(z, dtype=torch.float32, memory_format=torch.channels_last)
-        sizes = {"C": maps, "CP": triton.next_power_of_2(maps), "SIZE": size, **_block()}
+        sizes = {"C": maps, "CP": triton.next_power_of_2(maps), "SIZE": size, **_block(maps)}
         _map_norm_terms[_grid(total)](z, gradient, terms, total, height, width, k, alpha, **sizes)
         _map_norm_backward[_grid(total)](
             z, gradient, terms, dz, total, height, width, k, alpha, **sizes
@@ -559,6 +548,6 @@ def crop(
             ROWS=len(images),
             MEAN=0 if mean is None else 1 if aligned else 2,
             COLOR=color is not None,
-            **({"BLOCK": 1024} if INTERPRETED else {}),
+            BLOCK=VALUES,
         )
     return out

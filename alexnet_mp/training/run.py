@@ -29,6 +29,7 @@ from alexnet_mp.training.run_folder import RunFolder
 from alexnet_mp.training.schedule import EarlyStopping, build_schedule
 from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.step_sync import NonFiniteError, Stopped
+from alexnet_mp.training.tensorboard import TensorBoard, require_tensorboard
 from alexnet_mp.training.trainer import Trainer
 
 
@@ -48,6 +49,8 @@ def run(config: Config, install_signals: Callable[[Trainer], None] | None = None
         result = one.train_and_test(install_signals)
     finally:
         one.folder.release()
+        if one.tensorboard:
+            one.tensorboard.close()
     # Not after an error: closing would reach the peers before the cause does, as "connection lost".
     context.close()
     return result
@@ -72,6 +75,7 @@ class Run:
         if self.config.run.resume:
             self._restore(Path(self.config.run.resume))
         self._write_history()
+        self._open_tensorboard()
         if install_signals:
             install_signals(self.trainer)
         try:
@@ -163,6 +167,9 @@ class Run:
             restore_best_weights=False,  # they are in best.pt
             command_line=True,
         )
+        self.tensorboard: TensorBoard | None = None
+        if settings.tensorboard:
+            context.run_on_rank0(require_tensorboard)
         self.profiler = Profiler(optimizer, context) if settings.profile else None
         if self.profiler:
             self.train_loader = self.profiler.watching(self.train_loader)
@@ -183,6 +190,13 @@ class Run:
             "data": self.data,
         }
         self.context.run_on_rank0(lambda: self.folder.open(content, bool(self.config.run.resume)))
+
+    def _open_tensorboard(self) -> None:
+        if not self.config.run.tensorboard:
+            return
+        trainer, folder = self.trainer, self.folder.path / "tensorboard"
+        board = self.tensorboard = TensorBoard(folder, self.context, trainer.step)
+        trainer.on_step = lambda step: board.record_step(step, trainer.loss_scale.scale)
 
     # --- restore
 
@@ -257,6 +271,8 @@ class Run:
             keep=keep,
         )
         self._write_history()
+        if record and self.tensorboard:
+            self.tensorboard.record_epoch(record, self.model)
 
     def _write_history(self) -> None:
         self.context.run_on_rank0(lambda: self.folder.write_history(self.trainer.history))

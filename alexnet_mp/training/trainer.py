@@ -52,6 +52,7 @@ from alexnet_mp.training.schedule import EarlyStopping, LRSchedule, as_schedule
 from alexnet_mp.training.step_sync import (
     NonFiniteError,
     Outcome,
+    Step,
     StepSync,
     Stopped,
     until_stop_requested,
@@ -83,6 +84,7 @@ class Trainer:
         TorchSchedule); None: the tutorial's plateau rule.
     on_epoch: called with (record, improved) after each epoch, before its line is printed.
     on_save: called within an epoch, every `save_every` steps.
+    on_step: called with each step after its backward pass, before its update is taken.
     restore_best_weights: after `train` the model has the weights of the best epoch. The last ones
         are kept, and put back when `train` is called again: six calls for one epoch are one call
         for six.
@@ -112,6 +114,7 @@ class Trainer:
         max_steps: int = 0,
         on_epoch: Callable[[dict[str, Any], bool], None] | None = None,
         on_save: Callable[[], None] | None = None,
+        on_step: Callable[[Step], None] | None = None,
         save_every: int = 0,
         restore_best_weights: bool = True,
         verbose: bool = True,
@@ -137,6 +140,7 @@ class Trainer:
         self.seed = seed if seed is not None else getattr(self.network, "seed", 0)
         self.max_steps = max_steps
         self.on_epoch, self.on_save, self.save_every = on_epoch, on_save, save_every
+        self.on_step = on_step
         self.restore_best_weights = restore_best_weights
         self.verbose = verbose and self.context.is_rank0
 
@@ -304,6 +308,8 @@ class Trainer:
             self.step + 1, self.epoch + 1, self.lr, loss, sums, self.stop_requested
         )
         self.diagnostics.record(step.names, step.norms)
+        if self.on_step is not None:
+            self.on_step(step)
 
     def _update(self) -> None:
         """The optimizer's step, unless something is not finite on some rank."""

@@ -91,3 +91,27 @@ def test_a_wait_in_a_step_is_noticed(wait, monkeypatch) -> None:
     words = "value is read|number is assigned|meta tensor|between cpu and meta"
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=words):
         trained_on_meta(monkeypatch)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_no_step_after_the_first_ones_synchronizes() -> None:
+    model = AlexNet(TINY).to("cuda", memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, preset("demo").recipe)
+    one = Trainer(model, nn.CrossEntropyLoss(reduction="sum"), optimizer, "cuda", 0, verbose=False)
+    images, labels = torch.zeros(4, 3, 67, 67, device="cuda"), torch.zeros(4, device="cuda").long()
+
+    class Batches(list[tuple[torch.Tensor, torch.Tensor]]):
+        """From the fourth step on every call that waits for the device raises."""
+
+        def __iter__(self):
+            for number in range(8):
+                if number == 3:  # the kernels are chosen, the first batch has been looked at
+                    torch.cuda.set_sync_debug_mode("error")
+                yield images, labels
+            torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        assert one._train_epoch(Batches([(images, labels)] * 8))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
