@@ -286,7 +286,7 @@ def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int, int]:
         def run_once_per_host(work, usable=None) -> object:
             result = [work() if rank == 0 else None]
             dist.broadcast_object_list(result)
-            return result[0]
+            return result[0] if rank == 0 or (usable and usable(result[0])) else work()
 
         splits = load(DataConfig(data="folder", data_dir=root), 5, run_once_per_host)
     return levels(splits.val), len(packed), len(listed)
