@@ -1,9 +1,9 @@
-"""Triton kernels for CUDA: ReLU + response norm + max pooling, the map norm, and the crop of
-images.
+"""Triton kernels for CUDA: ReLU + response norm + max pooling, the map norm, the crop of images,
+and dropout.
 
-They are the twins of csrc/response_norm.cpp and csrc/crop.cpp. Tensors are channels-last, values
-are float32 inside and are rounded once, when they are stored. This module imports Triton;
-`cuda_kernels` says whether it can be used.
+They are the twins of csrc/response_norm.cpp, csrc/crop.cpp and dropout.py. Tensors are channels-
+last, values are float32 inside and are rounded once, when they are stored. This module imports
+Triton; `cuda_kernels` says whether it can be used.
 
 Bytes that a kernel moves to and from a GPU's memory, for values of E bytes, P pixels and C maps; in
 brackets the least possible. Values that a program reads twice come from the GPU's caches.
@@ -16,7 +16,6 @@ brackets the least possible. Values that a program reads twice come from the GPU
 
 The map norm's backward has two passes, since one would compute each term 25 times.
 
-They have been run with Triton's interpreter only, not on hardware.
 """
 
 import os
@@ -30,7 +29,7 @@ from torch import Tensor
 POOL = 3
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PIXELS = 128  # of a program in the interpreter
-VALUES, WARPS = 1024, 4  # of a program on a GPU
+VALUES, WARPS = 512, 4  # of a program on a GPU; with 16 values a thread or more it spills
 
 
 def _block(maps: int) -> dict[str, int]:
@@ -390,6 +389,32 @@ def _crop(
         tl.store(out + target, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _hash_round(x, SHIFT: tl.constexpr, factor):
+    """`_hash_round` of dropout.py: the shift is arithmetic, so the copies of the sign are
+    cleared."""
+    return (x ^ ((x >> SHIFT) & ((1 << (32 - SHIFT)) - 1))) * factor
+
+
+@triton.jit
+def _drop(x, keys, unit, out, units, threshold, keep, BLOCK: tl.constexpr):
+    """One program: BLOCK units of one image. The hash is that of `dropout_mask`, int32 that
+    wraps."""
+    row = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < units
+    key = tl.load(keys + row)
+    low, high = key.to(tl.int32), (key >> 32).to(tl.int32)
+    h = tl.load(unit + column, mask=inside, other=0) ^ low
+    h = _hash_round(h, 16, 0x7FEB352D) + high
+    h = _hash_round(h, 15, -0x7B935975)  # 0x846CA68B as int32
+    h = _hash_round(h, 16, -0x3D4D51CB)  # 0xC2B2AE35
+    place = row.to(tl.int64) * units + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.where(h < threshold, 0.0, 1.0) / keep  # not a number stays that
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
 def _grid(total: int) -> Callable[[dict[str, int]], tuple[int]]:
     return lambda meta: (triton.cdiv(total, meta["BLOCK"]),)
 
@@ -549,5 +574,21 @@ def crop(
             MEAN=0 if mean is None else 1 if aligned else 2,
             COLOR=color is not None,
             BLOCK=VALUES,
+        )
+    return out
+
+
+def drop(x: Tensor, keys: Tensor, unit: Tensor, threshold: int, keep: float) -> Tensor:
+    """`x` (N, units), contiguous, zero where the hash of an image's key and a unit is below
+    `threshold`, the rest divided by `keep`.
+
+    `keys`: int64 (N,). `unit`: int32 (units,), the units' part of the hash.
+    """
+    out = torch.empty_like(x)
+    if out.numel():
+        rows, units = x.shape
+        block = 1024
+        _drop[(triton.cdiv(units, block), rows)](
+            x, keys, unit, out, units, threshold, keep, BLOCK=block
         )
     return out

@@ -5,6 +5,7 @@ It uses gloo groups on the CPU and is metered apart from the activations, which 
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Collection
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alexnet_mp.parallel.devices import all_cores
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.parallel.meter import Meter
 
@@ -179,6 +181,7 @@ class Collectives:
     ) -> Result:
         """Runs `work` on the first rank of each host while the others wait, however long.
 
+        That rank's new threads may use all cores of the host, not only its own share.
         Then the others take its result, which is picklable, where it is `usable` to them, and else
         run `work` too: where they see the first rank's files nothing is left to do, and where they
         do not (containers of one host) they make their own. A failure is raised on all ranks, as
@@ -192,7 +195,8 @@ class Collectives:
             if (self.environment.local_rank == 0) == first:
                 mine = known if known and usable(known[0]) else []
                 if not mine:
-                    failure, mine = _attempt(work)
+                    with all_cores() if first else contextlib.nullcontext():
+                        failure, mine = _attempt(work)
             outcomes = self.gather_no_timeout((failure, host, mine if first else []))
             failures = [message for message, *_ in outcomes if message]
             if failures:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_mp.config import Config, check
+from alexnet_mp.config.rate_scaling import described_rates, scaled_recipe, scaling_note
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.ops.compile import compile_network
@@ -62,6 +63,7 @@ class Run:
     def __init__(self, config: Config, context: ParallelContext) -> None:
         self.context = context
         self.print_rank0(run_messages.introduction(config, context))
+        self._check_settings(config)
         self._prepare_device(config)
         self._load_images(config)
         self._build_trainer()
@@ -93,12 +95,23 @@ class Run:
 
     # --- prepare
 
-    def _prepare_device(self, config: Config) -> None:
-        kind = self.context.device.type
+    def _check_settings(self, config: Config) -> None:
+        """ValueError where a setting does not fit the device or the number of ranks."""
+        kind, ranks = self.context.device.type, self.context.data_ranks
         check(
             kind == "cuda" or not config.run.cuda_graphs,
             f"--cuda-graphs: {kind} has none; leave the flag out, or give --compile instead",
         )
+        parts, share = config.run.accumulate, config.recipe.batch_size // ranks
+        of_ranks = f", {share} for each of {ranks} data ranks," if ranks > 1 else ""
+        check(
+            parts <= max(share, 1),
+            f"--accumulate {parts}: a batch of {config.recipe.batch_size} images{of_ranks} has "
+            f"at most {max(share, 1)} parts that are not empty; raise --batch-size",
+        )
+
+    def _prepare_device(self, config: Config) -> None:
+        kind = self.context.device.type
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -137,10 +150,12 @@ class Run:
 
     def _build_trainer(self) -> None:
         context, config = self.context, self.config
-        recipe, settings = config.recipe, config.run
+        recipe, settings = scaled_recipe(config), config.run
         self.model = context.build_model(config.model, settings.seed)
-        for line in run_messages.ranks(context, self.model, recipe.batch_size):
+        for line in run_messages.ranks(context, self.model, recipe.batch_size, settings.accumulate):
             self.print_rank0(line)
+        if note := scaling_note(config):
+            self.print_rank0(note)
         if recipe.init_from and not settings.resume:
             for line in initialize_from(self.model, recipe.init_from, config, recipe.reset):
                 self.print_rank0(line)
@@ -160,6 +175,7 @@ class Run:
             context=context,
             precision=settings.precision,
             seed=settings.seed,
+            accumulate=settings.accumulate,
             max_steps=recipe.max_steps,
             on_epoch=self._save,
             on_save=self._save,
@@ -170,7 +186,9 @@ class Run:
         self.tensorboard: TensorBoard | None = None
         if settings.tensorboard:
             context.run_on_rank0(require_tensorboard)
-        self.profiler = Profiler(optimizer, context) if settings.profile else None
+        self.profiler = (
+            Profiler(optimizer, context, self.trainer.replica) if settings.profile else None
+        )
         if self.profiler:
             self.train_loader = self.profiler.watching(self.train_loader)
 
@@ -186,6 +204,7 @@ class Run:
         version = {"alexnet_mp": alexnet_mp.__version__, "code": code_version()}
         content = {
             "config": self.config.to_dict(),
+            "rates": described_rates(self.config),
             "environment": version | describe(self.context),
             "data": self.data,
         }
@@ -243,7 +262,7 @@ class Run:
         if trainer.batch or not trainer.history:
             self._save()  # within an epoch: the epochs before it were saved as they ended
         if self.profiler:
-            self.print_rank0(self.profiler.report(self.folder.path))
+            self.print_rank0(self.profiler.report(self.folder.path, self.config.recipe.batch_size))
         if trainer.stopping:
             raise Stopped
 

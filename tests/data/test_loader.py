@@ -26,17 +26,19 @@ def loader(
     size: int = 9,
     data_rank: int = 0,
     data_ranks: int = 1,
+    device: str = "cpu",
 ) -> Loader:
     store = store or random_store(50)
     config = DataConfig(stored_side=12, crop_of=size, color_noise=0.1)
     return Loader(
         store,
-        Augment(config, size, store.statistics(12)),
+        Augment(config, size, store.statistics(12), device),
         batch_size,
         7,
         train,
         data_rank,
         data_ranks,
+        device,
     )
 
 
@@ -320,8 +322,7 @@ def test_a_jpeg_store_gives_the_batches_of_its_decoded_images(tmp_path: Path) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_batches_travel_beside_the_step_and_are_those_of_the_cpu() -> None:
     expected = [batch.images for batch in loader(batch_size=4)]
-    on_gpu = loader(batch_size=4)
-    on_gpu.device = torch.device("cuda", 0)
+    on_gpu = loader(batch_size=4, device="cuda:0")
     busy = torch.randn(4096, 4096, device="cuda")
     for batch, wanted in zip(on_gpu, expected, strict=True):
         for _ in range(20):

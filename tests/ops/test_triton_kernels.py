@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from alexnet_mp.ops import cuda_kernels
 from alexnet_mp.ops import triton_kernels as kernels
+from alexnet_mp.ops.dropout import Dropout, dropout_keys, dropout_mask
 from alexnet_mp.ops.response_norm import sum_over_pixels
 
 pytestmark = [
@@ -136,3 +138,26 @@ def test_the_crop_equals_slices_of_each_image(mean: str, color: bool, dtype) -> 
     if noise is not None:
         result = (result + noise.double()[:, :, None, None]) / 1.1
     assert_close(found, (result / 127.5).to(DEVICE), dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind, keep", [("2012", 1.0), ("inverted", 0.7)])
+@pytest.mark.parametrize("images, units", [(3, 50), (1, 1), (2, 1500), (0, 4)])
+def test_dropout_by_the_kernel_drops_what_the_mask_drops(
+    images, units, kind, keep, dtype, monkeypatch
+) -> None:
+    monkeypatch.setattr(cuda_kernels, "usable", lambda device: True)
+    calls: list[str] = []
+    drop = kernels.drop
+    monkeypatch.setattr(kernels, "drop", lambda *args: calls.append("drop") or drop(*args))
+    keys = dropout_keys(7, 5, torch.arange(images, device=DEVICE))
+    x = torch.randn(images, units, device=DEVICE).to(dtype).requires_grad_()
+    y = Dropout(0.3, "fc6", 1, kind)(x, keys)
+    gradient = torch.randn(images, units, device=DEVICE).to(dtype)
+    kept = ~dropout_mask(keys, "fc6", 1, units, 0.3)
+    # One division, as exact as TOLERANCE says; without it and for dropped units: no bit differs.
+    tolerance = {"rtol": TOLERANCE[dtype] if kind == "inverted" else 0.0, "atol": 0.0}
+    torch.testing.assert_close(y, x.detach() * kept.to(dtype) / keep, **tolerance)
+    found = torch.autograd.grad(y, x, gradient)[0]
+    torch.testing.assert_close(found, gradient * kept.to(dtype) / keep, **tolerance)
+    assert calls == ["drop", "drop"]

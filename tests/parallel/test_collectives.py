@@ -13,6 +13,8 @@ import torch.distributed as dist
 from ranks import run
 
 from alexnet_mp.config import Config, RunConfig
+from alexnet_mp.ops.cpu_cores import affinity
+from alexnet_mp.parallel import devices
 from alexnet_mp.parallel.context import ParallelContext, init_parallel
 from alexnet_mp.parallel.launcher import Environment
 
@@ -196,6 +198,27 @@ def result_of_a_host(rank: int) -> str:
 
 def test_ranks_take_the_result_of_their_hosts_first_rank_where_they_can_use_it() -> None:
     assert run(result_of_a_host, 4) == ["made by 0", "made by 0", "made by 2", "made by 3"]
+
+
+def cores_of_work(rank: int) -> tuple[int, int]:
+    """On how many cores a rank that keeps to one may work for all, and afterwards."""
+
+    def work(context: ParallelContext) -> tuple[int, int]:
+        cores, seen = devices._pinned[0] if devices._pinned else affinity(), list[int]()
+        devices._pinned = (cores, cores[:1])
+        os.sched_setaffinity(0, cores[:1])
+        context.run_once_per_host(lambda: seen.append(len(affinity())))
+        return seen[0], len(affinity())
+
+    return connected(work, hosts=1)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(affinity()) < 2, reason="needs two cores"
+)
+def test_the_rank_that_works_for_its_host_has_all_cores_meanwhile() -> None:
+    monopoly, other = run(cores_of_work, 2)
+    assert monopoly == (len(affinity()), 1) and other == (1, 1)
 
 
 def test_one_rank_alone_does_its_work_and_gets_its_own_error(monkeypatch) -> None:
