@@ -47,6 +47,7 @@ SLOW_MODULES = {
     "training/test_recipes.py",
     "training/test_run.py",
     "training/test_run_settings.py",
+    "training/test_step_timeline.py",
     "training/test_tensorboard.py",
 }
 

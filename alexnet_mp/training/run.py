@@ -186,7 +186,9 @@ class Run:
         self.tensorboard: TensorBoard | None = None
         if settings.tensorboard:
             context.run_on_rank0(require_tensorboard)
-        self.profiler = Profiler(optimizer, context) if settings.profile else None
+        self.profiler = (
+            Profiler(optimizer, context, self.trainer.replica) if settings.profile else None
+        )
         if self.profiler:
             self.train_loader = self.profiler.watching(self.train_loader)
 
@@ -260,7 +262,7 @@ class Run:
         if trainer.batch or not trainer.history:
             self._save()  # within an epoch: the epochs before it were saved as they ended
         if self.profiler:
-            self.print_rank0(self.profiler.report(self.folder.path))
+            self.print_rank0(self.profiler.report(self.folder.path, self.config.recipe.batch_size))
         if trainer.stopping:
             raise Stopped
 
