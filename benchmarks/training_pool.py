@@ -196,6 +196,7 @@ class Pool:
         Returns how long it took, and how many are not done.
         """
         missing, began = self.missing(trainings), time.monotonic()
+        self.out.mkdir(parents=True, exist_ok=True)
         stop = Stop(self.out / f".stop-{os.getpid()}")
         stop.clear()
         with (
@@ -271,6 +272,7 @@ class Pool:
             yield
         finally:
             timer.cancel()
+            timer.join()  # so that it does not set `stop` after all
             stop.clear()
             for number, handler in before.items():
                 signal.signal(number, handler)
