@@ -14,6 +14,7 @@ A folder without a header is no store, so a kill while one is written does no ha
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import zlib
@@ -117,13 +118,23 @@ def open_array(
 
 def _array_in(content: np.ndarray) -> np.ndarray:
     """The array in the bytes of a .npy file, without a copy."""
-    header = io.BytesIO(content[:NPY_HEADER].tobytes())
-    if np.lib.format.read_magic(header) != (1, 0):
+    magic, length = np.lib.format.MAGIC_LEN, 2
+    size = int.from_bytes(content[magic : magic + length].tobytes(), "little")
+    start = magic + length + min(size, NPY_HEADER)
+    shape, dtype = _parsed_header(content[:start].tobytes())
+    return content[start:].view(dtype).reshape(shape)
+
+
+@functools.lru_cache(16)  # most shards of a store have the same header, and parsing is slow
+def _parsed_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type in the header of a .npy file. ValueError for other than plain numbers."""
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not a .npy file of version 1.0")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if fortran_order or dtype.hasobject:
         raise ValueError("not an array of plain numbers in C order")
-    return content[header.tell() :].view(dtype).reshape(shape)
+    return shape, dtype
 
 
 def checksum_of(array: np.ndarray) -> int:
