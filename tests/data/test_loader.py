@@ -13,7 +13,7 @@ from image_sets import make_folder, mixed_store, random_store
 
 from alexnet_mp.config import Config, DataConfig
 from alexnet_mp.data import Augment, Loader, Splits, Store, build_loaders
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.image_sets import list_source
 from alexnet_mp.data.loader import PREFETCH
 
 pytestmark = pytest.mark.usefixtures("cache")

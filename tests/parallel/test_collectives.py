@@ -187,6 +187,19 @@ def test_a_failure_on_one_host_is_raised_on_all_ranks(tmp_path: Path) -> None:
     assert not {"1 begins", "3 begins"} & set((tmp_path / "notes").read_text().splitlines())
 
 
+def result_of_a_host(rank: int) -> str:
+    """Ranks 0 and 2 are the first of their hosts; rank 3 does not see what rank 2 made."""
+    return connected(
+        lambda context: context.run_once_per_host(
+            lambda: f"made by {rank}", lambda result: (rank, result) != (3, "made by 2")
+        )
+    )
+
+
+def test_ranks_take_the_result_of_their_hosts_first_rank_where_they_can_use_it() -> None:
+    assert run(result_of_a_host, 4) == ["made by 0", "made by 0", "made by 2", "made by 3"]
+
+
 def cores_of_work(rank: int) -> tuple[int, int]:
     """On how many cores a rank that keeps to one may work for all, and afterwards."""
 
