@@ -200,6 +200,17 @@ def test_a_layout_trains_what_one_device_trains_on_the_whole_batch(
         assert named == set(one_device.weights)
 
 
+@pytest.mark.parametrize(("copies", "column_ranks"), [(1, 4), (2, 2)])
+def test_four_columns_train_on_four_ranks_what_they_train_on_one(
+    copies: int, column_ranks: int
+) -> None:
+    config = CONFIG.with_fields(columns=4, epochs=3)
+    [[whole]] = run(trained, 1, config, (1,))
+    for [outcome] in run(trained, 4, config.with_fields(column_ranks=column_ranks), (4,)):
+        assert outcome.layout == (copies, column_ranks)
+        assert_equal(outcome, whole)
+
+
 def test_one_device_trains_in_parts_what_it_trains_at_once(one_device: Outcome) -> None:
     [outcomes] = run(trained, 1, CONFIG, (4, 5))
     for outcome in outcomes:
