@@ -76,7 +76,10 @@ def command_of(config: Config, ranks: int) -> str:
     """A command line that starts the run again, in a new folder."""
     start = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
     words = [] if config.preset == "demo" else ["--preset", config.preset]
-    for name, (value, _) in changed_fields(config).items():
+    changed = {name: value for name, (value, _) in changed_fields(config).items()}
+    if "data_dir" in changed:  # a folder that is named alone decides what kind of data it is
+        changed = {"data": config.data.data} | changed
+    for name, value in changed.items():
         words += flag(name, value)
     return " ".join([start, "launch/train.py", shlex.join(words)]).rstrip()
 

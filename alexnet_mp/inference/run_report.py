@@ -26,7 +26,7 @@ from alexnet_mp.inference.run_facts import (
     result_rows,
 )
 from alexnet_mp.inference.run_pictures import TIMELINE, Drawing, Picture, named
-from alexnet_mp.plotting.curves import AXIS_LABELS, compare_curves, errors_or_values
+from alexnet_mp.plotting.curves import ACCURACIES, AXIS_LABELS, compare_curves, errors_or_values
 from alexnet_mp.plotting.report import Report, ReportPicture, ReportTable, Section, render
 from alexnet_mp.plotting.timeline import readable_bytes
 
@@ -246,7 +246,8 @@ def _overlaid(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Repo
             except ValueError:  # an older run without this number
                 continue
             compare_curves(histories, key, path)
-            last = ", ".join(f"{name} {value:.4g}" for name, value in ends.items())
+            form = ".2%" if key.endswith(ACCURACIES) else ".4g"
+            last = ", ".join(f"{name} {value:{form}}" for name, value in ends.items())
             label = AXIS_LABELS[key]
             pictures.append(ReportPicture(path.read_bytes(), f"{label}; at the end {last}", label))
     return pictures
