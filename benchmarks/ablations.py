@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from paired import Interval, interval, ratio_interval, verdict
-from training_request import TrainingRequest, trained
+from training_request import Table, TrainingRequest, print_table
 from trainings import Training, epochs_until, found
 
 from alexnet_mp import preset
@@ -114,8 +114,6 @@ class ClaimsRequest(TrainingRequest):
     """Which claims; beside these there are lrn-four-layers and start."""
     cifar_dir: str = ""
     """Image folder for the four-layer net, the paper's CIFAR-10; without it: --data."""
-    epochs: int = 20
-    """Passes over the training images, to which schedules are scaled."""
     relu_epochs: int = 40
     """Upper limit for --claims relu, whose trainings end at the target."""
     seeds: int = 3
@@ -132,7 +130,7 @@ class ClaimsRequest(TrainingRequest):
         if unknown:
             raise ValueError(f"--claims {' '.join(unknown)}: not one of {' '.join(names)}")
         super().__post_init__()
-        self.check_positive("epochs", "relu_epochs", "seeds")
+        self.check_positive("relu_epochs", "seeds")
         if not self.rates:
             raise ValueError("--rates: name at least one")
 
@@ -348,17 +346,21 @@ def table(request: ClaimsRequest) -> dict[str, Any]:
     return {"claims": [measured(claim, request) for claim in chosen_claims(request)]}
 
 
+def lines(content: dict[str, Any]) -> list[str]:
+    """The table for people."""
+    head = f"{'claim':46s}  {'paper':35s}  seeds  {'ours, with a 95 % interval':60s}  verdict"
+    return [head, *(line(row) for row in content["claims"])]
+
+
 def main() -> int:
     request = parse_request(ClaimsRequest, sys.argv[1:], DESCRIPTION)
     if request.quick:
         request = request.shortened(cifar_dir="", epochs=2, relu_epochs=2, seeds=1)
-    with trained(request, "ablations", in_order, table) as (pool, write_all):
-        if "relu" in request.claims:
-            draw_relu(request)
-        print(f"{'claim':46s}  {'paper':35s}  seeds  {'ours, with a 95 % interval':60s}  verdict")
-        for row in write_all()["claims"]:
-            print(line(row), flush=True)
-    return pool.exit_code
+    made = Table("ablations", request, in_order, table)
+    code = print_table(made, lines)
+    if "relu" in request.claims:
+        draw_relu(request)
+    return code
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from plateau import WINDOW, left_plateau, means_of_window
-from training_request import TrainingRequest, trained
+from training_request import Table, TrainingRequest, print_table
 from trainings import Training, evaluated, found, log_to
 
 from alexnet_mp import preset
@@ -68,7 +68,7 @@ class RecipesRequest(TrainingRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("epochs", "seeds", "other_seeds")
+        self.check_positive("seeds", "other_seeds")
 
 
 def training(recipe: Recipe, request: RecipesRequest, seed: int) -> Training:
@@ -218,9 +218,7 @@ def main() -> int:
     request = parse_request(RecipesRequest, sys.argv[1:], DESCRIPTION)
     if request.quick:
         request = request.shortened(epochs=2, seeds=2, other_seeds=1)
-    with trained(request, "recipes", in_order, table) as (pool, write_all):
-        print("\n".join(lines(write_all())), flush=True)
-    return pool.exit_code
+    return print_table(Table("recipes", request, in_order, table), lines)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from alexnet_mp.config import Config
 from alexnet_mp.config.files import commit_folder, temporary_path
-from alexnet_mp.data.datasets import SOURCES
-from alexnet_mp.data.source import Request
+from alexnet_mp.data import load
 
 
 def shared_images(config: Config, out: Path) -> dict[str, str]:
@@ -27,11 +28,20 @@ def share_images(config: Config, out: Path) -> None:
     if not fields or Path(fields["data_dir"]).exists():
         return
     path, side = Path(fields["data_dir"]), config.data.resized_side(config.model.image_size)
-    source = SOURCES[config.data.data](Request(config.data, 0, lambda work: work(), True, side))
-    stores = source.open(source.splits)
+    whole = {"validation": "val", "limit_train": 0, "limit_val": 0, "limit_test": 0}
+    unchanged = {"mean": "none", "color_noise": 0.0}  # so that nothing is measured on the images
+    splits = load(replace(config.data, **whole | unchanged), 0, progress=True)
+    stores = {"train": splits.train, "test": splits.test}
+    if splits.validation == "own split":
+        stores["val"] = splits.val
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     for split, store in stores.items():
         print(f"{split}: {len(store):,} images, to {side} pixels, once for all", flush=True)
         store.resized(side).save(temporary / split)
-    commit_folder(temporary, path)
+    try:
+        commit_folder(temporary, path)
+    except OSError:  # another program with this --out was faster
+        if not path.exists():
+            raise
+        shutil.rmtree(temporary)

@@ -34,73 +34,117 @@ from alexnet_mp.ops.cpu_cores import available_cores
 from alexnet_mp.training.run import run
 from alexnet_mp.training.trainer import Trainer
 
-PROBE_STEPS, PROBE_EVERY = 24, 4
-"""Steps of the trial that the estimate of the time comes from, and of a piece of it."""
+PROBE_STEPS, PROBE_EVERY = 12, 4
+"""Steps, at least, of the trial that the estimate of the time comes from, and of a piece of it."""
+PROBE_SECONDS = (0.5, 4.0)
+"""Its seconds, at least: of one alone, and of as many together as there are jobs, which have to
+meet."""
 FORWARD_SHARE = 1 / 3  # of a training step's time, which a validation batch takes
+TARGET_SHARE = 1 / 3  # of their limit that trainings with a target are taken to need
 
 
-def seconds_per_step(config: Config, out: Path) -> tuple[float, list[int]]:
-    """Trains a few steps of `config`; returns the seconds of one, and the number of images of the
-    training and the validation split.
-
-    It also compiles, once for all processes, the kernels that are compiled when they are needed.
-    """
-    times = []
-
-    def install(trainer: Trainer) -> None:
-        def end_epoch(*_: Any) -> None:
-            trainer.best = {"val_loss": math.inf, "epoch": None}  # nothing is saved
-
-        trainer.on_epoch, trainer.save_every = end_epoch, PROBE_EVERY
-        trainer.on_save = lambda: times.append(time.perf_counter())
-
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        fields = shared_images(config, out) | {"max_steps": PROBE_STEPS, "out": f"{folder}/run"}
-        with log_to(Path(folder) / "log.txt"):
-            began = time.perf_counter()
-            result = run(config.with_fields(**fields), install)
-            whole = time.perf_counter() - began
-        about = json.loads((Path(folder) / "run" / "config.json").read_text("utf-8"))
-    torch.cuda.empty_cache()  # this process trains no more
-    pieces = [after - before for before, after in itertools.pairwise(times)]
-    seconds = statistics.median(pieces) / PROBE_EVERY if pieces else whole / result["steps"]
-    return seconds, about["data"]["images"][:2]
+# --- how long it will take
 
 
-def estimate(trainings: Sequence[Training], out: Path, jobs: int) -> dict[str, Any]:
-    """How long `trainings` will take, from a few steps of the first of each kind of network.
+@dataclass(frozen=True)
+class Estimate:
+    """How long trainings will take, from some steps of the first of each kind of network."""
 
-    A kind is a network on a set of images, e.g. `original` on a folder.
+    seconds_per_step: dict[str, float]
+    """Of a training alone, by preset."""
+    slowdown: float
+    """How many times as long a step takes while as many networks are trained as there are jobs."""
+    fixed: float
+    """Seconds for all trainings that do not depend on --epochs, which have a target."""
+    per_epoch: float
+    """Seconds for one epoch of all others."""
+    longest: float
+    """Seconds for one epoch of the slowest of these, which no number of jobs makes shorter."""
+
+    def seconds(self, epochs: int) -> float:
+        """For all trainings, with --epochs."""
+        return max(self.fixed + self.per_epoch * epochs, self.longest * epochs)
+
+    def epochs_within(self, seconds: float) -> int:
+        """The largest number of epochs, at least 1, with which all trainings end in `seconds`."""
+        epochs = 1
+        while self.per_epoch and self.seconds(epochs + 1) <= seconds:
+            epochs += 1
+        return epochs
+
+
+def estimate(
+    trainings: Sequence[Training], out: Path, jobs: int, slowdown: Callable[[Config, float], float]
+) -> Estimate:
+    """Trains some steps of the first of each kind. `slowdown` is called with the first of all and
+    the seconds of its step.
+
+    A kind is a preset on a set of images, e.g. `original` on a folder.
     """
     kinds: dict[tuple[Any, ...], list[Training]] = {}
     for training in trainings:
         config = training.config
         kinds.setdefault((config.preset, *shared_images(config, out).values()), []).append(training)
-    steps, total = {}, 0.0
+    steps, fixed, per_epoch, longest, times = dict[str, float](), 0.0, 0.0, 0.0, 1.0
     for (name, *_), members in kinds.items():
-        seconds, images = seconds_per_step(members[0].config, out)
+        seconds, images = seconds_per_step(members[0].config, out, PROBE_STEPS, PROBE_SECONDS[0])
+        times = times if steps else slowdown(members[0].config, seconds)
         steps[name] = round(seconds, 6)
+        at_once = max(min(jobs, len(trainings)), 1)
         for member in members:
             recipe = member.config.recipe
-            passes = images[0] + FORWARD_SHARE * images[1]
-            total += seconds * recipe.epochs * passes / recipe.batch_size
-    return {
-        "trainings": len(trainings),
-        "seconds_per_step": steps,
-        "seconds": round(total / max(min(jobs, len(trainings)), 1), 1),
-        "jobs": jobs,
-    }
+            passes = (images[0] + FORWARD_SHARE * images[1]) / recipe.batch_size
+            epoch = seconds * times * passes
+            if member.target:
+                fixed += epoch * recipe.epochs * TARGET_SHARE / at_once
+            else:
+                per_epoch += epoch / at_once
+                longest = max(longest, epoch)
+    torch.cuda.empty_cache()  # this process trains no more
+    return Estimate(steps, round(times, 3), round(fixed, 2), round(per_epoch, 4), round(longest, 4))
 
 
-def estimate_line(about: dict[str, Any]) -> str:
-    """The estimate for people."""
-    steps = ", ".join(f"{name} {1000 * s:.3g} ms" for name, s in about["seconds_per_step"].items())
-    minutes, seconds = divmod(round(about["seconds"]), 60)
-    return (
-        f"{about['trainings']} trainings, {about['jobs']} at a time: {minutes // 60}:"
-        f"{minutes % 60:02}:{seconds:02} at most, if they do not slow each other down "
-        f"(a step: {steps})"
-    )
+def seconds_per_step(
+    config: Config, out: Path, steps: int, seconds: float
+) -> tuple[float, list[int]]:
+    """Trains `config` for `steps` and `seconds` at least; returns the seconds of one step, and the
+    number of images of the training and the validation split.
+
+    It also compiles, once for all processes, the kernels that are compiled when they are needed.
+    """
+    times = [time.perf_counter()]
+
+    def install(trainer: Trainer) -> None:
+        def end_epoch(*_: Any) -> None:
+            trainer.best = {"val_loss": math.inf, "epoch": None}  # nothing is saved
+
+        def end_piece() -> None:
+            times.append(time.perf_counter())
+            if trainer.step >= steps and times[-1] - times[0] >= seconds:
+                trainer.max_steps = trainer.step
+
+        times[0] = time.perf_counter()
+        trainer.on_epoch, trainer.on_save, trainer.save_every = end_epoch, end_piece, PROBE_EVERY
+
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        fields = shared_images(config, out) | {"out": f"{folder}/run"}
+        limit = steps if not seconds else 1000 * steps
+        with log_to(Path(folder) / "log.txt"):
+            result = run(config.with_fields(max_steps=limit, **fields), install)
+        whole = time.perf_counter() - times[0]
+        about = json.loads((Path(folder) / "run" / "config.json").read_text("utf-8"))
+    pieces = [after - before for before, after in itertools.pairwise(times[1:])]
+    one = statistics.median(pieces) / PROBE_EVERY if pieces else whole / result["steps"]
+    return one, about["data"]["images"][:2]
+
+
+def minutes(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+# --- all of them
 
 
 @dataclass
@@ -117,24 +161,53 @@ class Pool:
     failed: dict[str, str] = field(default_factory=dict)
     """Trainings that raised an error, which is no result, and its first line."""
 
+    _executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Pool:
+        if self.jobs > 1:
+            # The processes are new: a fork would inherit torch's threads and CUDA's state.
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(self.jobs, context, _start_worker)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def missing(self, trainings: Sequence[Training]) -> list[Training]:
+        """Those that are not there yet. ValueError where one is there with other settings."""
+        return [one for one in trainings if found(one, self.out) is None]
+
+    def estimate(self, trainings: Sequence[Training]) -> Estimate:
+        """How long `trainings` will take; prepares their images, and starts the processes."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for training in trainings:
+            share_images(training.config, self.out)
+        return estimate(trainings, self.out, self.jobs, self._slowdown)
+
+    def _slowdown(self, config: Config, alone: float) -> float:
+        """How many times as long as `alone` a step takes beside those of all other jobs."""
+        if self._executor is None:
+            return 1.0
+        trials = [
+            self._executor.submit(seconds_per_step, config, self.out, PROBE_STEPS, PROBE_SECONDS[1])
+            for _ in range(self.jobs)
+        ]
+        return statistics.median(trial.result()[0] for trial in trials) / alone
+
+    def seconds_left(self) -> float:
+        """Until the time is over."""
+        return self.began + self.time_limit - time.monotonic() if self.time_limit else math.inf
+
     def train(
         self, trainings: Sequence[Training], each: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
         """Trains what is not there yet, in this order; calls `each` whenever one more is done.
 
-        Returns the estimate of the time and the time that it took.
+        Returns how long it took, and how many are not done.
         """
-        missing = [one for one in trainings if found(one, self.out) is None]
-        there = len(trainings) - len(missing)
-        print(f"{len(trainings)} trainings, {there} of them found in {self.out}", flush=True)
-        if not missing:
-            return {}
+        missing, began = self.missing(trainings), time.monotonic()
         self.out.mkdir(parents=True, exist_ok=True)
-        for training in missing:
-            share_images(training.config, self.out)
-        about = estimate(missing, self.out, self.jobs)
-        print(estimate_line(about), flush=True)
-        began = time.monotonic()
         stop = Stop(self.out / f".stop-{os.getpid()}")
         stop.clear()
         with (
@@ -144,7 +217,7 @@ class Pool:
             for _ in self._work(missing, stop):
                 shown.update()
                 each()
-        left = sum(found(one, self.out) is None for one in missing)
+        left = len(self.missing(missing))
         if left:
             reason = "stopped" if self.received else "the time is over"
             reason = f"{len(self.failed)} failed" if self.failed else reason
@@ -153,7 +226,7 @@ class Pool:
                 "goes on with them",
                 flush=True,
             )
-        return about | {"took_seconds": round(time.monotonic() - began, 1), "not_done": left}
+        return {"took_seconds": round(time.monotonic() - began, 1), "not_done": left}
 
     @property
     def exit_code(self) -> int:
@@ -162,7 +235,7 @@ class Pool:
 
     def _work(self, missing: Sequence[Training], stop: Stop) -> Iterator[None]:
         """Trains; gives something back whenever one is done."""
-        if self.jobs == 1:
+        if self._executor is None:
             for training in missing:
                 if stop.is_set():
                     return
@@ -171,16 +244,13 @@ class Pool:
             return
         if stop.is_set():
             return
-        jobs = min(self.jobs, len(missing))
-        # The processes are new: a fork would inherit torch's threads and CUDA's state.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, _start_worker) as executor:
-            running = {
-                executor.submit(_train_unless_stopped, one, self.out, stop): one for one in missing
-            }
-            for future in as_completed(running):
-                if self._done(running[future], future.result):
-                    yield
+        running = {
+            self._executor.submit(_train_unless_stopped, one, self.out, stop): one
+            for one in missing
+        }
+        for future in as_completed(running):
+            if self._done(running[future], future.result):
+                yield
 
     def _done(self, training: Training, result: Callable[[], bool]) -> bool:
         """Whether the training is done; an error costs that one, and not the others."""
@@ -195,10 +265,11 @@ class Pool:
     @contextlib.contextmanager
     def _stopping(self, stop: Stop) -> Iterator[None]:
         """Sets `stop` when the time is over and at Ctrl-C or SIGTERM, while the block runs."""
-        timer = threading.Timer(max(self.began + self.time_limit - time.monotonic(), 0), stop.set)
+        timer = threading.Timer(max(min(self.seconds_left(), threading.TIMEOUT_MAX), 0), stop.set)
         timer.daemon = True
-        if self.time_limit:
-            timer.start()
+        timer.start()
+        if self.seconds_left() <= 0:
+            stop.set()  # the timer may need a moment
 
         def receive(number: int, frame: Any) -> None:
             self.received = number
@@ -212,6 +283,7 @@ class Pool:
             yield
         finally:
             timer.cancel()
+            timer.join()  # so that it does not set `stop` after all
             stop.clear()
             for number, handler in before.items():
                 signal.signal(number, handler)

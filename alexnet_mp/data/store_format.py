@@ -5,7 +5,8 @@ images-00000.npy  a shard, a flat array of bytes: up to SHARD images, smaller si
 labels.npy        int64 (N,), the images' classes
 places.npy        int64 (N, 2), each image's array (one side of one shard) and its row there
 ends.npy          int64 (N,), JPEG only: where each image ends in its shard, array after array
-paths.json        each image's file in the folder that was packed, if one was
+paths.json        each image's name in the set that was packed, if one was: CLASS/FILE, without the
+                  extension, in which the forms of a set differ
 sums.npz          exact sums over all images, if they were taken: statistics then need no other pass
 
 A folder without a header is no store, so a kill while one is written does no harm.
@@ -28,6 +29,8 @@ from alexnet_mp.data.mapping import map_file, release
 FORMAT, VERSION = "alexnet_mp store", 2
 SHARD = 1024
 """Images in a shard: 200 MB at 256 pixels, held in memory until the shard is written."""
+BEGUN = ".begun-"
+"""Begins the name of a file with images of a shard that come out of order."""
 BLOCK = 256
 """Images that are worked on at once in a pass over a whole set."""
 NPY_HEADER = 4096

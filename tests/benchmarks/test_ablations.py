@@ -38,6 +38,7 @@ def tiny(tmp_path, monkeypatch, cache) -> list[str]:
     for module in (claims, recipes, readings, requests, trainings):
         monkeypatch.setattr(module, "preset", small)
     monkeypatch.setattr(pools, "PROBE_STEPS", 2)
+    monkeypatch.setattr(pools, "PROBE_SECONDS", (0.0, 0.1))
     return f"--data folder --data-dir {folder} --image-size 67 --batch-size 8 --threads 1".split()
 
 
@@ -332,7 +333,30 @@ def test_two_jobs_train_what_one_does_and_after_the_time_limit_the_table_is_writ
     runs = [{name: run["history"] for name, run in read(out)["runs"].items()} for out in (two, one)]
     assert runs[0] == runs[1] and len(runs[0]) == 2
     estimated = read(two)["time"]
-    assert estimated["jobs"] == 2 and estimated["seconds"] > 0 and estimated["not_done"] == 0
+    assert estimated["seconds"] > 0 and estimated["slowdown"] > 0 and estimated["not_done"] == 0
+
+
+def test_with_fit_as_many_epochs_are_trained_as_the_time_holds(
+    tiny, tmp_path, monkeypatch, capsys
+) -> None:
+    """20 seconds whatever the epochs and 250 an epoch: 0.9 * 1000 seconds hold three."""
+    made = pools.Estimate({"original": 0.1}, 1.0, 20.0, 250.0, 100.0)
+    monkeypatch.setattr(pools.Pool, "estimate", lambda self, missing: made)
+    asked = claims.ClaimsRequest(
+        claims=("color",), epochs=8, seeds=1, time_limit=1000, fit=True, out=str(tmp_path)
+    )
+    monkeypatch.setattr(requests, "STARTED", requests.time.monotonic())
+    monkeypatch.setattr(pools.Pool, "_work", lambda *_: iter(()))
+    table = requests.Table("ablations", asked, claims.in_order, claims.table)
+    table.train()
+    assert "--fit: 3 epochs, not 8: about 0:12:50" in capsys.readouterr().out
+    assert [one.config.recipe.epochs for one in table.order(table.request)] == [3, 3]
+
+
+def test_no_number_of_jobs_makes_the_longest_training_shorter() -> None:
+    made = pools.Estimate({"original": 0.1}, 1.0, fixed=10.0, per_epoch=20.0, longest=50.0)
+    assert made.seconds(4) == 200 and made.epochs_within(210) == 4
+    assert made.epochs_within(0) == 1
 
 
 def test_images_are_resized_once_for_all_trainings(tiny, tmp_path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from image_sets import make_folder, mixed_store, random_store
 
 from alexnet_mp.config import Config, DataConfig
 from alexnet_mp.data import Augment, Loader, Splits, Store, build_loaders
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.image_sets import list_source
 from alexnet_mp.data.loader import PREFETCH
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -229,6 +229,12 @@ def test_each_split_has_its_loader_with_the_settings_of_the_run() -> None:
         assert np.array_equal(loader.store.gather([5]), store.gather([5]))
         assert (loader.seed, loader.batch_size, loader.workers) == (3, 16, 2)
         assert (loader.data_rank, loader.data_ranks) == (1, 2)
+
+
+def test_images_that_are_not_trained_on_come_in_batches_of_a_parts_size() -> None:
+    config = Config().with_fields(image_size=67, batch_size=10, accumulate=4)
+    loaders = build_loaders(config, splits_of())[:3]
+    assert [loader.batch_size for loader in loaders] == [10, 3, 3]
 
 
 def test_statistics_come_from_the_training_split_only() -> None:
