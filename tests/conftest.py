@@ -28,6 +28,8 @@ SLOW_MODULES = {
     # They start the commands as processes, train whole runs, or wait on purpose.
     "benchmarks/test_ablations.py",
     "benchmarks/test_benchmarks.py",
+    "benchmarks/test_imagenet_scale.py",
+    "benchmarks/test_scaling_model.py",
     "cli/test_check.py",
     "cli/test_commands.py",
     "cli/test_evaluate_command.py",
