@@ -17,7 +17,7 @@ import numpy as np
 from alexnet_mp.data.contents import Contents
 from alexnet_mp.data.directory import as_text, name_order
 from alexnet_mp.data.folder_layout import SPELLINGS, SPLITS, Split
-from alexnet_mp.data.image_folder import Ignored, Listing
+from alexnet_mp.data.listing import Ignored, Listing
 
 Label = int | str
 UNLABELED = -1
