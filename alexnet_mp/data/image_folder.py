@@ -7,6 +7,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -50,23 +51,32 @@ class _ListingBuilder:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, entry: Entry, inside: str, label: int | None) -> None:
-        """Adds `entry`, a file of the subfolder `inside` ("cat/"), or counts it as ignored."""
-        if is_hidden(entry.name):
-            self.ignored.hidden += 1
-        elif not is_file(entry):  # opening a pipe would wait forever
-            self.ignored.special += 1
-        elif label is None or not is_image(entry.name):
-            self.ignored.other[os.path.splitext(entry.name)[1].lower()] += 1
-        else:
-            status = entry.stat()
-            self.names += os.fsencode(inside + entry.name)
-            self.ends.append(len(self.names))
-            self.labels.append(label)
-            self.sizes.append(status.st_size)
-            self.times.append(status.st_mtime_ns)
-            if isinstance(entry, ArchiveEntry):
-                self.members.append(entry.number)
+    def take(self, entries: Sequence[Entry], inside: str, label: int | None) -> None:
+        """Adds `entries`, files of the subfolder `inside` ("cat/"), or counts them as ignored."""
+        images = []
+        for entry in entries:
+            if is_hidden(entry.name):
+                self.ignored.hidden += 1
+            elif not is_file(entry):  # opening a pipe would wait forever
+                self.ignored.special += 1
+            elif label is None or not is_image(entry.name):
+                self.ignored.other[os.path.splitext(entry.name)[1].lower()] += 1
+            else:
+                images.append(entry)
+        if label is not None:
+            self._add(images, os.fsencode(inside), label)
+
+    def _add(self, images: Sequence[Entry], inside: bytes, label: int) -> None:
+        """Lists instead of a loop's body: of a million files these lines are half of the time."""
+        states = [entry.stat() for entry in images]
+        names = [inside + os.fsencode(entry.name) for entry in images]
+        ends = accumulate(map(len, names), initial=len(self.names))
+        self.ends.extend(islice(ends, 1, None))
+        self.names += b"".join(names)
+        self.labels.extend([label] * len(images))
+        self.sizes.extend([state.st_size for state in states])
+        self.times.extend([state.st_mtime_ns for state in states])
+        self.members.extend([entry.number for entry in images if isinstance(entry, ArchiveEntry)])
 
     def finish(self, classes: Sequence[str], notes: Sequence[str] = ()) -> Listing:
         names, ends = bytes(self.names), np.array(self.ends, np.int64)
@@ -137,16 +147,16 @@ def list_split(
         )
     listing = _ListingBuilder(folder)
     own = set(folders.values())
-    for entry in sorted_entries(folder):
-        if entry.name not in own:
-            listing.take(entry, "", None)
+    others = [entry for entry in sorted_entries(folder) if entry.name not in own]
+    listing.take(others, "", None)
     nested = []
     for label, (name, disk_name) in enumerate(folders.items()):
         before = len(listing)
         subfolders = set()
-        for entry, inside in files_below(folder / disk_name, f"{disk_name}/"):
-            listing.take(entry, inside, label)
-            subfolders.add(inside.split("/")[1])
+        for entries, inside in files_below(folder / disk_name, f"{disk_name}/"):
+            listing.take(entries, inside, label)
+            if entries:
+                subfolders.add(inside.split("/")[1])
         if len(listing) == before:
             raise ValueError(
                 f"{flag}: {folder / disk_name} has no images ({' '.join(sorted(EXTENSIONS))}); "
@@ -178,7 +188,7 @@ def list_flat(
         name = classes_of.get(file, classes_of.get(os.path.splitext(file)[0]))
         if name is None and is_image(entry.name) and not is_hidden(entry.name):
             raise ValueError(f"{flag} {labels_file}: does not name the class of {entry.path}")
-        listing.take(entry, inside, numbers[name] if name is not None else None)
+        listing.take([entry], inside, numbers[name] if name is not None else None)
     if not len(listing):
         raise ValueError(f"{folder}: has no images ({' '.join(sorted(EXTENSIONS))})")
     return in_class_order(listing.finish(classes))

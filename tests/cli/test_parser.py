@@ -105,6 +105,7 @@ def checkpoint_file(tmp_path):
         column_ranks=1,
         profile=True,
         max_steps=10,
+        accumulate=4,
     )
     path = tmp_path / "last.pt"
     torch.save(
@@ -154,6 +155,7 @@ def test_resume_continues_the_checkpoints_configuration_on_this_machine(checkpoi
         ["--data", "cifar10"],
         ["--precision", "bf16"],
         ["--batch-size", "64"],
+        ["--lr-scale", "linear"],
     ],
 )
 def test_resume_refuses_a_flag_that_would_make_it_another_run(
@@ -161,6 +163,12 @@ def test_resume_refuses_a_flag_that_would_make_it_another_run(
 ) -> None:
     with pytest.raises(UsageError, match=f"{argv[0]} {argv[1]}: .*last.pt was trained with"):
         parse_train(["--resume", str(checkpoint_file), *argv])
+
+
+def test_resume_goes_on_in_as_many_parts_as_before_or_as_asked(checkpoint_file) -> None:
+    resume = ["--resume", str(checkpoint_file)]
+    assert parse_train(resume).run.accumulate == 4
+    assert parse_train([*resume, "--accumulate", "2"]).run.accumulate == 2
 
 
 def test_resume_takes_the_flags_that_the_run_already_had(checkpoint_file) -> None:

@@ -231,6 +231,12 @@ def test_each_split_has_its_loader_with_the_settings_of_the_run() -> None:
         assert (loader.data_rank, loader.data_ranks) == (1, 2)
 
 
+def test_images_that_are_not_trained_on_come_in_batches_of_a_parts_size() -> None:
+    config = Config().with_fields(image_size=67, batch_size=10, accumulate=4)
+    loaders = build_loaders(config, splits_of())[:3]
+    assert [loader.batch_size for loader in loaders] == [10, 3, 3]
+
+
 def test_statistics_come_from_the_training_split_only() -> None:
     splits = splits_of()
     augment = build_loaders(Config().with_fields(image_size=67), splits)[3]

@@ -246,8 +246,11 @@ def test_more_parts_than_images_are_refused_in_one_line(tmp_path) -> None:
 
 
 def test_rates_that_follow_the_batch_are_those_of_training(tmp_path, capsys) -> None:
-    out = tmp_path / "run"
-    one(out, lr_scale="linear", batch_size=64, accumulate=2, epochs=1, schedule="constant")
+    out, trainers = tmp_path / "run", []
+    flags = {"lr_scale": "linear", "batch_size": 64, "accumulate": 2}
+    config = SMALL.with_fields(out=str(out), epochs=1, schedule="constant", **flags)
+    run(config, trainers.append)
+    assert trainers[0].gradient.parts == 2
     printed = capsys.readouterr().out
     assert "batch 64 in 2 parts\n" in printed
     assert "batch 64, where preset demo has 32: learning rates times 2: --lr 0.04\n" in printed

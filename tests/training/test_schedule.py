@@ -157,7 +157,8 @@ def test_a_schedule_that_is_saved_within_its_warm_up_goes_on_with_it(kind: str) 
     whole, optimizer = made(**fields)
     for at in (0, 0.5):
         whole.advance(at)
-    state, before = whole.state_dict(), rates(optimizer)
+    before = rates(optimizer)
+    state = whole.state_dict()
     assert rates(optimizer) == before  # saving changes no rate
     resumed, other = made(**fields)
     resumed.advance(1.5)  # whatever it did before
