@@ -40,6 +40,7 @@ SLOW_MODULES = {
     "inference/test_ensemble.py",
     "inference/test_evaluate_folder.py",
     "inference/test_run_pictures.py",
+    "inference/test_run_report.py",
     "ops/test_allocator.py",
     "ops/test_triton_kernels.py",
     "parallel/test_layouts.py",
