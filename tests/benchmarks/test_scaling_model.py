@@ -212,8 +212,8 @@ def test_measured_rows_are_predicted_from_the_one_device_row(monkeypatch, capsys
         *("--nodes", "1"),
     )
     rows = {row["row"]: row for row in found["check"]}
-    assert set(rows) == {"two", "data-parallel"} and abs(rows["two"]["error"]) < 0.15
-    assert rows["data-parallel"]["error"] > 0.15 and "gloo copies and sums" in text
+    assert set(rows) == {"two", "data-parallel"} and "off by" not in text
+    assert all(abs(row["error"]) < 0.15 for row in found["check"])
 
 
 def test_published_prints_both_machines_and_the_reason(monkeypatch, capsys) -> None:
