@@ -1,0 +1,100 @@
+"""benchmarks/results_table.py: the READMEs say what benchmarks/results has, and nothing else."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+results = importlib.import_module("results_table")
+
+CLAIM = {
+    "text": "LRN",
+    "paper": "top-1 -1.4",
+    "measure": "points",
+    "seeds": [0, 1, 2],
+    "differences": [-2.0, -1.0, -1.5],
+    "interval": [-1.5, -2.74, -0.26],
+    "verdict": "holds",
+    "differences_top5": [-1.0, 1.0, 0.5],
+    "interval_top5": [0.167, -2.4, 2.7],
+    "verdict_top5": "cannot tell",
+}
+SPEED = {
+    "text": "ReLU",
+    "paper": "6 times fewer",
+    "measure": "speed",
+    "seeds": [0],
+    "with": [4.0],
+    "without": [20.0],
+    "fastest_rates": [[0.004, 0.002]],
+    "ratios": [5.0],
+    "interval": None,
+    "verdict": "cannot tell",
+}
+CLAIMS = {
+    "request": {"epochs": 20, "image_size": 64, "batch_size": 128, "precision": "bf16"},
+    "machine": {"device_name": "a GPU", "torch": "2.11"},
+    "claims": [CLAIM, SPEED],
+}
+
+
+def call(monkeypatch, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/results_table.py", *flags])
+    return results.main()
+
+
+def test_the_readmes_say_what_the_files_say(monkeypatch, capsys) -> None:
+    assert call(monkeypatch, "--check") == 0, capsys.readouterr().out
+
+
+def test_a_figure_that_was_changed_by_hand_is_noticed_and_put_right(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    for name in results.READMES:
+        text = (results.ROOT / name).read_text(encoding="utf-8")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text.replace("29,478,912 a rank", "29,478,913 a rank"))
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert call(monkeypatch, "--check") == 1
+    assert "README.md: not what benchmarks/results says" in capsys.readouterr().out
+    assert "29,478,913 a rank" in (tmp_path / "README.md").read_text()
+    assert call(monkeypatch) == 0 and call(monkeypatch, "--check") == 0
+    assert "29,478,912 a rank" in (tmp_path / "README.md").read_text()
+
+
+def test_a_claims_row_has_both_intervals_and_both_verdicts_where_they_differ() -> None:
+    points, speed = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in results.claims(CLAIMS).splitlines()[2:4]
+    )
+    assert points[2:] == [
+        "-1.50 (-2.74 to -0.26)",
+        "+0.17 (-2.40 to +2.70)",
+        "3",
+        "holds, cannot tell",
+    ]
+    assert speed[2:] == [
+        "5.00 times",
+        "epochs: 4.0 and 20.0 (rates 0.004, 0.002)",
+        "1",
+        "cannot tell",
+    ]
+
+
+def test_a_file_that_is_not_there_is_not_measured(tmp_path) -> None:
+    text = "<!-- results: claims new.json -->\nold\n<!-- end -->\n"
+    assert "Not measured yet: results/new.json" in results.filled(text, "README.md", tmp_path)
+    (tmp_path / "new.json").write_text(json.dumps(CLAIMS))
+    filled = results.filled(text, "README.md", tmp_path)
+    assert "holds" in filled and "old" not in filled
+    assert results.filled(filled, "README.md", tmp_path) == filled
+
+
+def test_a_block_of_an_unknown_kind_is_named(tmp_path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    text = "<!-- results: speeds a.json -->\n<!-- end -->\n"
+    with pytest.raises(ValueError, match=r"README.md: results: speeds is not one of throughput"):
+        results.filled(text, "README.md", tmp_path)
