@@ -15,6 +15,7 @@ from ranks import run
 from alexnet_mp.config import Config, RunConfig
 from alexnet_mp.parallel.context import ParallelContext, init_parallel
 from alexnet_mp.parallel.launcher import Environment
+from alexnet_mp.parallel.rendezvous import meet
 
 pytestmark = pytest.mark.ranks
 
@@ -24,7 +25,8 @@ def connected(work: Callable[[ParallelContext], Any], hosts: int = 2) -> Any:
     place = Environment.read()
     local = place.world_size // hosts
     place = dataclasses.replace(place, local_rank=place.rank % local, local_world_size=local)
-    context = init_parallel(Config(run=RunConfig(device="cpu", threads=1)), place)
+    config = Config(run=RunConfig(device="cpu", threads=1))
+    context = init_parallel(config, meet(config.run.timeout, place))
     try:
         return work(context)
     finally:

@@ -34,11 +34,8 @@ def new_store() -> dist.Store:
 
 def places(hosts: list[str]) -> list[tuple[int, int]]:
     """(local rank, local world size) of each rank, all of which have no LOCAL_RANK."""
-    store = new_store()
-    for rank, host in enumerate(hosts):
-        store.set(f"who/{rank}", json.dumps({"pid": 1, "host": host}))
     numbered = [
-        number_local_ranks(store, Environment(rank, len(hosts), knows_host=False))
+        number_local_ranks(Environment(rank, len(hosts), knows_host=False), hosts)
         for rank in range(len(hosts))
     ]
     assert all(environment.knows_host for environment in numbered)
@@ -56,7 +53,7 @@ def test_ranks_of_one_host_are_numbered_in_rank_order() -> None:
 
 def test_a_launchers_own_numbers_are_kept() -> None:
     environment = Environment(3, 4, 1, 2)
-    assert number_local_ranks(new_store(), environment) is environment
+    assert number_local_ranks(environment, ["a"] * 4) is environment
 
 
 # --- what must agree
@@ -65,7 +62,7 @@ def test_a_launchers_own_numbers_are_kept() -> None:
 def test_every_field_must_agree_but_those_that_may_differ() -> None:
     kinds = (ModelConfig, DataConfig, RecipeConfig, RunConfig)
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    assert set(MAY_DIFFER) == {"device", "threads", "workers"}
+    assert set(MAY_DIFFER) == {"device", "threads", "workers", "data_dir", "cache_dir"}
     assert set(common_fields(Config())) == names - set(MAY_DIFFER) | {"preset"}
 
 
@@ -106,8 +103,11 @@ def test_a_rank_with_another_value_is_refused_on_all_ranks(changes: dict, words:
     assert words.replace("rank 1", "rank 2") in refusals[0]
 
 
-@pytest.mark.parametrize("changes", [{"threads": 3}, {"workers": 2}, {"device": "cpu"}])
-def test_each_rank_may_have_its_own_threads_and_workers(changes: dict) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"threads": 3}, {"workers": 2}, {"device": "cpu"}, {"data_dir": "/local", "cache_dir": "/c"}],
+)
+def test_each_rank_may_have_its_own_threads_workers_and_folders_of_images(changes: dict) -> None:
     assert meet(Config(), Config().with_fields(**changes)) == ["gloo", "gloo"]
 
 
