@@ -24,6 +24,7 @@ from alexnet_mp.config.processes import host_identity
 from alexnet_mp.parallel.devices import gpu_identity, is_mig_slice
 from alexnet_mp.parallel.heartbeat import STORE_GRACE, Heartbeat, process_identity
 from alexnet_mp.parallel.launcher import Environment, launcher_keeps_store, started_by_torchrun
+from alexnet_mp.parallel.network import own_address_toward, use_interface_toward
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -101,6 +102,10 @@ def meet(timeout: float, environment: Environment | None = None) -> Meeting:
     who = store.multi_get([f"who/{rank}" for rank in range(environment.world_size)])
     hosts = tuple(str(json.loads(process)["host"]) for process in who)
     environment = number_local_ranks(environment, hosts)
+    elsewhere = [rank for rank, host in enumerate(hosts) if host != hosts[environment.rank]]
+    if elsewhere:
+        theirs = store.get(f"address/{elsewhere[0]}").decode()
+        use_interface_toward([theirs, environment.address])
     start = int(store.get("start"))
     own_client = prefixed(f"{PREFIX}/{start}", _connect(environment, timeout, master=False))
     heart = start_heartbeat(environment, timeout, own_client)
@@ -123,6 +128,7 @@ def rendezvous(environment: Environment, timeout: float) -> Store:
         store = prefixed(str(start), job)
         store.set("start", str(start))
         store.set(f"who/{rank}", process_identity())
+        store.set(f"address/{rank}", own_address_toward(environment.address))
         store.set(f"arrived/{rank}", str(size))
         store.add("arrivals", 1)
     except (dist.DistError, RuntimeError) as error:
