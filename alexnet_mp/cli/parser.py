@@ -33,7 +33,7 @@ from alexnet_mp.config.presets import preset
 from alexnet_mp.config.renamed import refuse_old_spellings
 from alexnet_mp.data.dataset_packer import unfinished
 from alexnet_mp.data.folder_layout import find_layout
-from alexnet_mp.parallel.launcher import Environment, launcher, restarts
+from alexnet_mp.parallel.launcher import Environment, launcher, names_job, restarts
 from alexnet_mp.parallel.rendezvous import Meeting
 from alexnet_mp.training.checkpoint import read_to_resume
 
@@ -236,13 +236,16 @@ def _base(peek: _Peek, found: dict[str, Any]) -> tuple[Config, Path | None]:
 def _after_restart(out: str | None, start: int) -> Path | None:
     """OUT/last.pt where torchrun starts the ranks of a job again that has written it.
 
-    It does so after a failure (--max-restarts), and when a node joins (`start` counts from 1).
+    It does so after a failure (--max-restarts), and when a node joins, which it does not count as a
+    restart: there the job's --rdzv-id tells, or `start`, counted from 1.
     """
-    if not restarts() and start == 1:
+    again = restarts() > 0 or start > 1
+    if not again and not names_job():
         return None
     if not out or not Path(out, "last.pt").exists():
-        missing = f"{Path(out, 'last.pt')} is not there" if out else "no folder is named with --out"
-        print(f"started again by torchrun, from the beginning: {missing}", flush=True)
+        if again:
+            missing = f"{Path(out, 'last.pt')} is not there" if out else "no --out is named"
+            print(f"started again by torchrun, from the beginning: {missing}", flush=True)
         return None
     try:
         content = json.loads(Path(out, "config.json").read_text(encoding="utf-8"))

@@ -93,7 +93,13 @@ def restarts() -> int:
     return int(count) if count.isdigit() else 0
 
 
+def names_job() -> bool:
+    """Whether torchrun was given a name for the job (--rdzv-id, --standalone)."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
+
+
 def launcher() -> str:
     """The torchrun job that this rank belongs to, the same after a restart; "" without torchrun."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"process {os.getppid()}" if job == "none" else job
+    if names_job():
+        return os.environ["TORCHELASTIC_RUN_ID"]
+    return f"process {os.getppid()}" if started_by_torchrun() else ""

@@ -37,10 +37,14 @@ class Lifeline(threading.Thread):
         self.group, self.notice_closed = group, notice_closed
         self.next, self.previous = (rank + 1) % world_size, (rank - 1) % world_size
         self._ended = False
+        self._word = torch.zeros(1)
+        # Asked for here: of a group's calls only the wait is made in another thread.
+        self._arriving = dist.irecv(self._word, group=group, group_src=self.next, tag=TAG)
 
     def run(self) -> None:
+        assert self._arriving is not None
         try:
-            dist.recv(torch.zeros(1), group=self.group, group_src=self.next, tag=TAG)
+            self._arriving.wait()
         except RuntimeError:
             if not self._ended:
                 self.notice_closed(self.next)
