@@ -44,6 +44,8 @@ ROWS = {
     "half": Row("our half net, one device"),
     "two": Row("ours, two ranks of a column each", 2, 2),
     "data-parallel": Row("ours, two data-parallel ranks", 2, 1),
+    "four": Row("ours, four ranks: two copies of two columns", 4, 2),
+    "data-parallel-four": Row("ours, four data-parallel ranks", 4, 1),
     "plain": Row("plain transcription, one device", keeps=False),
 }
 

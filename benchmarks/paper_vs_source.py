@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from plateau import WINDOW, RecordingLoss, left_plateau, means_of_window
 from tqdm.auto import tqdm
 from tyro.conf import arg
 
@@ -57,8 +57,6 @@ DIFFERENCES = {
     ),
 }
 """What `original` has otherwise than `paper`; the schedules do not differ in the first epochs."""
-SHUFFLE_WINDOW = 25  # steps that a point of a curve is the mean of
-LEFT = 0.98  # of ln(classes): a loss below it has left the plateau
 
 
 @dataclass(frozen=True)
@@ -158,26 +156,12 @@ def generated(classes: int, side: int, seed: int, per_class: int = 16) -> Splits
     return Splits(store, few, few)
 
 
-class Recording(nn.CrossEntropyLoss):
-    """The summed loss, which remembers the mean of every batch that it saw in training."""
-
-    def __init__(self) -> None:
-        super().__init__(reduction="sum")
-        self.losses: list[float] = []
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = super().forward(logits, labels)
-        if logits.requires_grad:
-            self.losses.append(loss.item() / len(labels))
-        return loss
-
-
 def losses_of(config: Config, splits: Splits, device: torch.device) -> list[float]:
     """The loss of each step; shorter where it stopped being a number."""
     config = config.with_fields(classes=len(splits.train.classes))
     train, val, _, _ = build_loaders(config, splits, device=device)
     model = build_network(config.model, seed=config.run.seed)
-    optimizer, criterion = build_optimizer(model, config.recipe), Recording()
+    optimizer, criterion = build_optimizer(model, config.recipe), RecordingLoss()
     trainer = Trainer(
         model,
         criterion,
@@ -194,25 +178,16 @@ def losses_of(config: Config, splits: Splits, device: torch.device) -> list[floa
         trainer.train(train, val, -(-config.recipe.max_steps // len(train)))
     except NonFiniteError as error:
         print(error, file=sys.stderr)
-    return criterion.losses[: config.recipe.max_steps]
+    return criterion.losses()[: config.recipe.max_steps]
 
 
 def row(label: str, losses: list[float], classes: int) -> dict[str, Any]:
     """What the table says of one network."""
-    smooth = moving_average(losses, SHUFFLE_WINDOW)
-    left = next(
-        (
-            step
-            for step, loss in enumerate(smooth, len(losses) - len(smooth) + 1)
-            if loss < LEFT * math.log(classes)
-        ),
-        None,
-    )
     return {
         "label": label,
         "classes": classes,
-        "left_plateau": left,
-        "last_loss": round(float(smooth[-1]), 5),
+        "left_plateau": left_plateau(losses, classes),
+        "last_loss": round(means_of_window(losses)[-1], 5),
         "losses": [round(loss, 5) for loss in losses],
     }
 
@@ -230,7 +205,7 @@ def draw(rows: list[dict[str, Any]], classes: int, path: str) -> None:
         np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
     ):
         for number, one in enumerate(group):
-            smooth = moving_average(one["losses"], SHUFFLE_WINDOW)
+            smooth = moving_average(one["losses"], WINDOW)
             steps = np.arange(len(one["losses"]) - len(smooth) + 1, len(one["losses"]) + 1)
             style = {
                 "linestyle": ("-", "--", "-.", ":")[number % 4],
@@ -247,7 +222,7 @@ def draw(rows: list[dict[str, Any]], classes: int, path: str) -> None:
             fontsize=8,
             color="gray",
         )
-        axes.set(xlabel="step", ylabel=f"training loss, mean of {SHUFFLE_WINDOW} steps")
+        axes.set(xlabel="step", ylabel=f"training loss, mean of {WINDOW} steps")
         axes.grid(alpha=0.3)
         axes.legend(
             fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False

@@ -1,51 +1,81 @@
 #!/usr/bin/env python
-"""Predicts training speed on a device, two columns, copies, and copies of two columns.
+"""Predicts training on up to 1,024 GPUs: column pairs inside a node, data parallelism across.
 
     python benchmarks/scaling_model.py --images-per-second 16487 --link pcie4 --devices-per-node 8
+    python benchmarks/scaling_model.py --published
     python benchmarks/scaling_model.py --check throughput.json --exchange exchange.json
 
-A model of four numbers: the device's computing speed, the bytes that an update of the weights reads
-and writes, and a link's latency and bandwidth. Transfers are hidden behind the work that this
-package (columns) or DistributedDataParallel (copies) has beside them, no further. A table, a plot,
-and JSON as the last line.
+For each number of devices and both layouts: memory and bytes of a rank, time of a step, efficiency,
+and the batch at which the layouts are level. `step_model.py` has the arithmetic, and its
+assumptions are printed. A table, a plot, and JSON as the last line.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import common
+import published
+from step_model import (
+    ASSUMPTIONS,
+    Cluster,
+    Layout,
+    Link,
+    StepModel,
+    describe,
+    device_at,
+)
 from tyro.conf import arg
 
 from alexnet_mp import preset
 from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import run_main
 from alexnet_mp.config import ModelConfig, check
-from alexnet_mp.model.layer_table import layer_table
 
-# Line rates in one direction, of 16 lanes or of all links of an H100, as their standards and makers
-# print them; a start takes what such links
-# usually need. REACHED of the rate is what large messages are taken to get.
 LINKS = {
+    # Bytes per second in one direction, as standards and makers print them: PCI-SIG's rates for 16
+    # lanes after encoding (3.0: 8 GT/s, 128b/130b), NVIDIA's for all NVLinks of an A100 (12 of 25
+    # GB/s) and an H100 (18 of 25 GB/s), InfiniBand and Ethernet by their bits per second.
+    # Seconds until a message begins to arrive: what such links usually need.
     "pcie3": (15.75e9, 10e-6),
     "pcie4": (31.5e9, 10e-6),
     "pcie5": (63.0e9, 10e-6),
+    "nvlink-a100": (300e9, 6e-6),
     "nvlink": (450e9, 6e-6),
     "ethernet-10": (1.25e9, 40e-6),
     "ethernet-25": (3.125e9, 30e-6),
     "ethernet-100": (12.5e9, 20e-6),
+    "infiniband-200": (25e9, 5e-6),
+    "infiniband-400": (50e9, 5e-6),
 }
 REACHED = 0.8
+"""Share of a line rate that large messages are taken to get."""
 LinkName = Literal[
-    "pcie3", "pcie4", "pcie5", "nvlink", "ethernet-10", "ethernet-25", "ethernet-100"
+    "pcie3",
+    "pcie4",
+    "pcie5",
+    "nvlink-a100",
+    "nvlink",
+    "ethernet-10",
+    "ethernet-25",
+    "ethernet-100",
+    "infiniband-200",
+    "infiniband-400",
 ]
-# Passes over the weights in an update: gradient written and read, weight and velocity read and
-# written.
-PASSES = 6
+RANKS = {
+    "one": Layout(1, 1),
+    "two": Layout(2, 1),
+    "data-parallel": Layout(1, 2),
+    "four": Layout(2, 2),
+    "data-parallel-four": Layout(1, 4),
+}
+"""The rows of throughput.py that are predicted."""
+TOLERATED = published.TOLERATED
 
 
 @dataclass(frozen=True)
@@ -53,17 +83,20 @@ class Request:
     """How fast would it be?"""
 
     images_per_second: float = 16_487.0
-    """Images/s that one device trains at --batch-size. Default: the published fp16 figure of an
-    A100 (a network without LRN, at batch 3,584)."""
+    """Images/s that one device trains at --measured-batch. Default: the published fp16 figure of an
+    A100 (a network without LRN)."""
+    measured_batch: int = 3584
+    """The batch at which that was measured."""
     memory_bandwidth: float = 1555.0
     """GB/s between a device and its memory, for the weights' update. Default: the A100's."""
-    batch_size: int = 128
-    """Images in a step, over all devices together."""
-    scale_batch: bool = False
-    """Keep --batch-size for each copy of the network, so that the whole batch grows with the
-    copies."""
+    overhead: float = 500.0
+    """Microseconds of a step that do not depend on its batch: about a hundred kernels' launches."""
+    batch_size: int = 1024
+    """Images in a step over all devices together, where the batch is fixed."""
+    batch_per_device: int = 128
+    """Images in a step for each device, where the batch grows with the devices."""
     value_bytes: int = 2
-    """Bytes of a value that crosses: 2 in half precision, 4 in float32. Weight gradients are
+    """Bytes of an activation, kept or sent: 2 in half precision, 4 in float32. Weight gradients are
     float32."""
     link: LinkName = "pcie4"
     """Between devices of a node."""
@@ -75,14 +108,16 @@ class Request:
     """Between nodes, for each device of them."""
     devices_per_node: int = 8
     """Devices that --link connects."""
-    nodes: int = 16
+    nodes: int = 128
     """The most nodes in the table."""
+    published: bool = False
+    """Predict TensorFlow's published rates on 1 to 8 P100 and K80 instead."""
     check: Annotated[str, arg(metavar="FILE")] = ""
     """throughput.py's JSON: its one-device rate is the device's, and its other rows are
     predicted."""
     exchange: Annotated[str, arg(metavar="FILE")] = ""
     """exchange.py's JSON: its latency and bandwidth are taken for the link."""
-    plot: Annotated[str, arg(metavar="FILE")] = "plan.png"
+    plot: Annotated[str, arg(metavar="FILE")] = "scaling.png"
     """Where the picture goes; its ending says the format."""
     json: Annotated[str, arg(metavar="FILE")] = ""
     """Write the JSON into this file too."""
@@ -93,181 +128,21 @@ class Request:
                 getattr(self, name) > 0,
                 f"--{name.replace('_', '-')} {getattr(self, name)}: must be positive",
             )
-        for name in ("batch_size", "value_bytes", "devices_per_node", "nodes"):
+        counts = ("measured_batch", "batch_size", "batch_per_device", "value_bytes")
+        for name in (*counts, "devices_per_node", "nodes"):
             check(
                 getattr(self, name) >= 1,
                 f"--{name.replace('_', '-')} {getattr(self, name)}: one or more",
             )
-        check(
-            self.bandwidth >= 0 and self.latency >= 0,
-            f"--bandwidth {self.bandwidth} --latency {self.latency}: must not be negative",
-        )
-
-
-@dataclass(frozen=True)
-class Link:
-    """Bytes per second in one direction, and seconds before the first arrives."""
-
-    bandwidth: float
-    latency: float
-
-    def seconds(self, count: float) -> float:
-        return self.latency + count / self.bandwidth
-
-
-@dataclass(frozen=True)
-class Device:
-    """Returns seconds for one image's forward and backward, and for one update of all weights."""
-
-    image: float
-    update: float
-
-
-class Plan:
-    """Step times of the paper's network."""
-
-    def __init__(
-        self,
-        device: Device,
-        near: Link,
-        far: Link,
-        devices_per_node: int,
-        value_bytes: int,
-        config: ModelConfig | None = None,
-    ) -> None:
-        self.device, self.near, self.far, self.devices_per_node, self.value_bytes = (
-            device,
-            near,
-            far,
-            devices_per_node,
-            value_bytes,
-        )
-        self.config = config or preset("paper").with_fields(classes=1000).model
-        self.layers = {row["layer"]: row for row in layer_table(self.config) if row["column"] == 0}
-        self.work = sum(row["multiply_adds"] for row in self.layers.values())  # of one column
-        self.gradients = 4 * 2 * sum(row["parameters"] for row in self.layers.values())
-        height, width = self.config.map_sizes()["fc6"]
-        maps = self.layers["conv3"]["output"][1] * self.layers["conv3"]["output"][2]
-        self.crossing = {
-            "conv3": self.config.kernels[1] * maps,
-            "fc6": self.config.kernels[4] * height * width,
-            "fc7": self.config.hidden[0],
-            "fc8": self.config.classes,
-        }
-
-    def step(self, rows: float, columns: int = 1, copies: int = 1) -> float:
-        """Returns seconds of a step of `copies` copies, each on `columns` devices with `rows`
-        images."""
-        seconds = (rows * self.device.image + self.device.update) / columns
-        if columns > 1:
-            seconds += sum(self.exposed(layer, rows) for layer in self.crossing)
-        return seconds + self.exposed_gradients(rows, columns, copies)
-
-    def exposed(self, layer: str, rows: float) -> float:
-        """Returns the seconds of one crossing that its own layer's half does not hide."""
-        transfer = self.near.seconds(rows * self.crossing[layer] * self.value_bytes)
-        if layer == "fc8":
-            return transfer  # a sum at the very end; its gradient is everywhere
-        own = rows * self.device.image / 2 * self.layers[layer]["multiply_adds"] / 2 / self.work
-        return max(0.0, transfer - own / 3) + max(
-            0.0, transfer - own * 2 / 3
-        )  # backward is two of three products
-
-    def exposed_gradients(self, rows: float, columns: int, copies: int) -> float:
-        """Returns the seconds of the gradients' ring beyond the backward pass of the
-        convolutions."""
-        if copies == 1:
-            return 0.0
-        slower = Link(
-            min(self.near.bandwidth, self.far.bandwidth), max(self.near.latency, self.far.latency)
-        )
-        link = (
-            self.near if copies * columns <= self.devices_per_node else slower
-        )  # a ring over nodes passes through both kinds
-        ring = 2 * (copies - 1) * link.seconds(self.gradients / columns / copies)
-        convolutions = (
-            sum(
-                row["multiply_adds"] for name, row in self.layers.items() if name.startswith("conv")
+        for name in ("bandwidth", "latency", "overhead"):
+            check(
+                getattr(self, name) >= 0,
+                f"--{name} {getattr(self, name)}: must not be negative",
             )
-            / self.work
-        )
-        return max(0.0, ring - rows * self.device.image / columns * convolutions * 2 / 3)
 
 
-def device_of(rate: float, batch: int, bandwidth: float, gradients: float) -> Device:
-    """From images per second at `batch`, with an update that is as fast as the memory."""
-    update = min(PASSES * gradients / bandwidth, 0.5 * batch / rate)
-    return Device((batch / rate - update) / batch, update)
-
-
-def predictions(request: Request, plan: Plan) -> list[dict[str, Any]]:
-    """One dictionary per number of devices and arrangement."""
-    rows, counts = [], [2**i for i in range(20) if 2**i <= request.devices_per_node * request.nodes]
-    for devices in counts:
-        for name, columns in (("copies", 1), ("copies of two columns", 2)):
-            copies = devices // columns
-            whole = request.batch_size * (copies if request.scale_batch else 1)
-            if copies and whole >= copies:
-                rows.append(
-                    {
-                        "devices": devices,
-                        "arrangement": name,
-                        "copies": copies,
-                        "columns": columns,
-                        "batch_size": whole,
-                        "images_per_second": round(
-                            whole / plan.step(whole / copies, columns, copies), 1
-                        ),
-                    }
-                )
-    return rows
-
-
-def checked(request: Request, near: Link) -> tuple[list[dict[str, Any]], float]:
-    """Returns what throughput.py measured beside the prediction from its one-device row, and its
-    rate."""
-    try:
-        measured = json.loads(Path(request.check).read_text(encoding="utf-8"))
-        rows = {
-            row["row"]: row
-            for row in measured["rows"]
-            if row.get("mode") == "training"
-            and "images_per_second" in row
-            and (row["batch_size"], row["precision"])
-            == (measured["headline_case"]["batch_size"], measured["headline_case"]["precision"])
-        }
-        one = rows["one"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(
-            f"--check {request.check}: not the JSON of throughput.py with the row `one` in training"
-        ) from None
-    # On a CPU one process has all cores; a rank has its share of them and of the memory.
-    share = 2 if measured["machine"]["device"] == "cpu" else 1
-    config = preset("paper").with_fields(classes=one["classes"], image_size=one["image_size"]).model
-    batch, bytes_each = one["batch_size"], 4 if one["precision"] == "fp32" else 2
-    gradients = Plan(Device(1, 1), near, near, 2, bytes_each, config).gradients
-    whole = device_of(one["images_per_second"], batch, 1e9 * request.memory_bandwidth, gradients)
-    plan = Plan(
-        Device(share * whole.image, share * whole.update), near, near, 2, bytes_each, config
-    )
-    predicted = {
-        "two": batch / plan.step(batch, 2, 1),
-        "data-parallel": batch / plan.step(batch / 2, 1, 2),
-    }
-    found = {name: rows[name]["images_per_second"] for name in predicted if name in rows}
-    return [
-        {
-            "row": name,
-            "measured": rate,
-            "predicted": round(predicted[name], 1),
-            "error": round(predicted[name] / rate - 1, 4),
-        }
-        for name, rate in found.items()
-    ], one["images_per_second"]
-
-
-def link_of(request: Request) -> Link:
-    """The link between two devices: measured, given by its numbers, or by its name."""
+def near_link(request: Request) -> Link:
+    """The link between two devices of a node: measured, given by its numbers, or by its name."""
     if request.exchange:
         try:
             transfers = json.loads(Path(request.exchange).read_text(encoding="utf-8"))["transfers"]
@@ -283,105 +158,314 @@ def link_of(request: Request) -> Link:
     return Link(1e9 * request.bandwidth or REACHED * rate, 1e-6 * request.latency or latency)
 
 
+def build_model(request: Request, config: ModelConfig, share: int = 1) -> StepModel:
+    """The model of the requested devices; `share` of them share one device's speed."""
+    near, (rate, latency) = near_link(request), LINKS[request.between_nodes]
+    cluster = Cluster(near, Link(REACHED * rate, latency), request.devices_per_node)
+    model = StepModel(config, device_at(1, 1, 1, 1, 0), cluster, request.value_bytes)
+    whole = device_at(
+        request.images_per_second,
+        request.measured_batch,
+        1e9 * request.memory_bandwidth,
+        model.parameters(1),
+        1e-6 * request.overhead,
+    )
+    model.device = replace(whole, image=share * whole.image, update=share * whole.update)
+    return model
+
+
+# ---- predictions ----
+
+
+def predictions(request: Request, model: StepModel) -> list[dict[str, Any]]:
+    """One dictionary per scaling (strong: a fixed batch; weak: one that grows with the devices),
+    number of devices and layout that has an image or more for each copy."""
+    most = request.devices_per_node * request.nodes
+    rows = []
+    for scaling in ("strong", "weak"):
+        for devices in (2**i for i in range(most.bit_length())):
+            batch = (
+                request.batch_size if scaling == "strong" else request.batch_per_device * devices
+            )
+            for layout in (Layout(1, devices), Layout(2, devices // 2)):
+                if layout.copies and batch >= layout.copies:
+                    rows.append({"scaling": scaling} | prediction(model, layout, batch))
+    return rows
+
+
+def prediction(model: StepModel, layout: Layout, batch: int) -> dict[str, Any]:
+    """What a step of `batch` images costs in `layout`."""
+    images = batch / layout.copies
+    step, single = model.step(images, layout), model.rate(batch, Layout(1, 1))
+    rate = batch / step.total
+    return {
+        "devices": layout.devices,
+        "layout": layout.name,
+        "copies": layout.copies,
+        "columns": layout.columns,
+        "batch_size": batch,
+        "memory_bytes_per_rank": round(model.memory(images, layout)),
+        "crossing_bytes_per_rank": round(model.crossing_bytes(images, layout.columns)),
+        "gradient_bytes_per_rank": round(model.gradient_bytes(layout)),
+        **describe(step),
+        "images_per_second": round(rate, 1),
+        "efficiency": round(rate / layout.devices / single, 4),
+    }
+
+
+def level_batches(model: StepModel, rows: list[dict[str, Any]]) -> dict[int, float | None]:
+    """By number of devices: the batch below which copies of two columns are faster."""
+    counts = sorted({row["devices"] for row in rows if row["devices"] > 1})
+    return {count: common.rounded(model.level_batch(count), 0) for count in counts}
+
+
+# ---- the check on this machine ----
+
+
+def checked(request: Request) -> tuple[list[dict[str, Any]], Request]:
+    """What throughput.py measured beside the prediction from its one-device row, and the request
+    with that row's rate."""
+    try:
+        measured = json.loads(Path(request.check).read_text(encoding="utf-8"))
+        headline, cpu = measured["headline_case"], measured["machine"]["device"] == "cpu"
+        rows = [
+            row
+            for row in measured["rows"]
+            if row["row"] in RANKS
+            and (row["mode"], row["precision"]) == ("training", headline["precision"])
+            and "images_per_second" in row
+        ]
+        (one,) = [
+            row
+            for row in rows
+            if row["row"] == "one" and row["batch_size"] == headline["batch_size"]
+        ]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"--check {request.check}: not the JSON of throughput.py with the row `one` in training"
+        ) from None
+    request = replace(
+        request,
+        images_per_second=one["images_per_second"],
+        measured_batch=one["batch_size"],
+        value_bytes=4 if one["precision"] == "fp32" else 2,
+        overhead=0.0 if cpu else request.overhead,
+    )
+    config = preset("paper").with_fields(classes=one["classes"], image_size=one["image_size"]).model
+    return [check_row(request, config, row, one, cpu) for row in rows if row is not one], request
+
+
+def check_row(
+    request: Request, config: ModelConfig, row: dict[str, Any], one: dict[str, Any], cpu: bool
+) -> dict[str, Any]:
+    """One measured row beside its prediction."""
+    layout, batch = RANKS[row["row"]], row["batch_size"]
+    # On a CPU one process has all cores; a rank has its share of them and of the memory.
+    model = build_model(request, config, layout.devices if cpu else 1)
+    model.cluster = replace(model.cluster, devices_per_node=layout.devices)
+    predicted, rate = model.rate(batch, layout), row["images_per_second"]
+    saved = model.memory(one["batch_size"], Layout(1, 1)) - model.memory(
+        batch / layout.copies, layout
+    )
+    return {
+        "row": row["row"],
+        "ranks": layout.devices,
+        "batch_size": batch,
+        "measured": rate,
+        "predicted": round(predicted, 1),
+        "error": round(predicted / rate - 1, 4),
+        "memory_below_one_device_bytes": one["memory_bytes_per_rank"]
+        - row["memory_bytes_per_rank"],
+        "memory_below_one_device_predicted_bytes": round(saved),
+    }
+
+
+def check_reason(row: dict[str, Any], cpu: bool) -> str:
+    """Why a row is off by more than TOLERATED, as far as the model leaves something out."""
+    if row["ranks"] == 1:
+        return "an image does not take the same time at every batch"
+    if cpu and row["ranks"] > common.available_cores():
+        return "more ranks than cores: each waits for the others' turns, which the model leaves out"
+    if cpu:
+        return "gloo copies and sums on the cores that compute, and the model has it beside them"
+    return "the exchange slows the computation down, which the model leaves out"
+
+
+# ---- what is printed and drawn ----
+
+
+def show(rows: list[dict[str, Any]], scaling: str) -> str:
+    head = (
+        "layout",
+        "devices",
+        "batch",
+        "GB a rank",
+        "MB columns",
+        "MB gradients",
+        "step, ms",
+        "waits, ms",
+        "images/s",
+        "efficiency",
+    )
+    lines = [
+        (
+            row["layout"],
+            f"{row['devices']:,}",
+            f"{row['batch_size']:,}",
+            f"{row['memory_bytes_per_rank'] / 1e9:.2f}",
+            f"{row['crossing_bytes_per_rank'] / 1e6:.1f}",
+            f"{row['gradient_bytes_per_rank'] / 1e6:.1f}",
+            f"{1e3 * row['seconds']:.2f}",
+            f"{1e3 * (row['exposed_crossings_seconds'] + row['exposed_gradients_seconds']):.2f}",
+            f"{row['images_per_second']:,.0f}",
+            f"{row['efficiency']:.0%}",
+        )
+        for row in rows
+        if row["scaling"] == scaling
+    ]
+    return common.table(head, lines)
+
+
+def show_errors(rows: list[dict[str, Any]], title: str) -> str:
+    """The rows of a check, `label` first."""
+    return common.table(
+        (title, "measured", "predicted", "error"),
+        [
+            (
+                f"{row['row']}, {row['ranks']} ranks, batch {row['batch_size']}",
+                f"{row['measured']:,.1f}",
+                f"{row['predicted']:,.1f}",
+                f"{row['error']:+.1%}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def print_check(rows: list[dict[str, Any]], cpu: bool) -> None:
+    print("\n" + show_errors(rows, "against what was measured"))
+    for row in rows:
+        if abs(row["error"]) > TOLERATED:
+            print(
+                f"{row['row']}, {row['ranks']} ranks: off by {row['error']:+.0%}: "
+                f"{check_reason(row, cpu)}"
+            )
+    for row in rows:
+        print(
+            f"{row['row']}: a rank needs "
+            f"{row['memory_below_one_device_bytes'] / 1e9:.2f} GB less than one device, "
+            f"{row['memory_below_one_device_predicted_bytes'] / 1e9:.2f} GB predicted"
+        )
+
+
+def print_published() -> list[dict[str, Any]]:
+    """Prints the published rows beside their predictions, and returns all of them."""
+    found = []
+    for machine in published.MACHINES:
+        rows = published.compare(machine)
+        found += rows
+        head = ("GPUs", "published", "predicted", "error", "without overlap", "error")
+        lines = [
+            (
+                str(row["devices"]),
+                f"{row['published']:,}",
+                f"{row['predicted']:,.0f}",
+                f"{row['error']:+.1%}",
+                f"{row['predicted_without_overlap']:,.0f}",
+                f"{row['error_without_overlap']:+.1%}",
+            )
+            for row in rows
+        ]
+        print(f"{machine.name}, variable_update {machine.update}, batch {published.IMAGES} a GPU")
+        print(common.table(head, lines))
+        if text := published.reason(machine, rows):
+            print(textwrap.fill(f"off by more than {TOLERATED:.0%}: {text}", 100))
+        print()
+    return found
+
+
 def draw(rows: list[dict[str, Any]], target: str, title: str) -> None:
-    """Images per second over devices, for each arrangement."""
+    """Efficiency over devices for each layout, with a fixed batch and with one that grows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, mark in (("copies", "o"), ("copies of two columns", "s")):
-        mine = [row for row in rows if row["arrangement"] == name]
+    panels = figure.subplots(1, 2)
+    for axes, scaling in zip(panels, ("strong", "weak"), strict=True):
+        these = [row for row in rows if row["scaling"] == scaling]
+        for name, mark in (("copies", "o"), ("copies of two columns", "s")):
+            mine = [row for row in these if row["layout"] == name]
+            axes.plot(
+                [row["devices"] for row in mine],
+                [row["images_per_second"] for row in mine],
+                marker=mark,
+                label=name,
+            )
+        counts = sorted({row["devices"] for row in these})
+        single = these[0]["images_per_second"]
         axes.plot(
-            [row["devices"] for row in mine],
-            [row["images_per_second"] for row in mine],
-            marker=mark,
-            label=name,
+            counts,
+            [count * single for count in counts],
+            color="0.6",
+            linestyle="--",
+            label="as many times one device",
         )
-    counts = sorted({row["devices"] for row in rows})
-    axes.plot(
-        counts,
-        [count * rows[0]["images_per_second"] for count in counts],
-        color="0.6",
-        linestyle="--",
-        label="without any exchange",
-    )
-    axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="images per second", title=title)
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(target, dpi=120)
+        batch = f"{these[0]['batch_size']:,} images"
+        what = f"{batch} in all" if scaling == "strong" else f"{batch} a device"
+        axes.set(xscale="log", yscale="log", xlabel="devices", title=f"a step of {what}")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].set_ylabel("images per second, predicted")
+    figure.suptitle(title)
+    figure.savefig(target, dpi=110)
 
 
 def main() -> int:
     request = parse_request(Request, sys.argv[1:], __doc__.split("\n\n")[0])
-    near = link_of(request)
-    rate, latency = LINKS[request.between_nodes]
-    plan = Plan(
-        Device(1, 1),
-        near,
-        Link(REACHED * rate, latency),
-        request.devices_per_node,
-        request.value_bytes,
-    )
+    if request.published:
+        common.finish({"published": print_published()}, request.json)
+        return 0
     check_rows: list[dict[str, Any]] = []
     if request.check:
-        check_rows, measured = checked(request, near)
-        request = replace(request, images_per_second=measured)
-    plan.device = device_of(
-        request.images_per_second,
-        request.batch_size,
-        1e9 * request.memory_bandwidth,
-        plan.gradients,
-    )
-    rows = predictions(request, plan)
+        check_rows, request = checked(request)
+    model = build_model(request, preset("paper").with_fields(classes=1000).model)
+    rows = predictions(request, model)
+    near = model.cluster.near
     print(
-        f"one device: {request.images_per_second:,.0f} images/s at batch {request.batch_size}; "
-        f"link {near.bandwidth / 1e9:.2f} GB/s, "
-        f"{near.latency * 1e6:.0f} us; batch "
-        f"{'of each copy' if request.scale_batch else 'of all devices together'}"
+        f"one device: {request.images_per_second:,.0f} images/s at batch {request.measured_batch}; "
+        f"link {near.bandwidth / 1e9:.2f} GB/s, {near.latency * 1e6:.0f} us; nodes of "
+        f"{request.devices_per_node}, {request.between_nodes} between. Assumed:"
     )
+    for line in ASSUMPTIONS:
+        print(textwrap.fill(line, 100, initial_indent="- ", subsequent_indent="  "))
+    print(f"\na fixed batch of {request.batch_size:,} images\n{show(rows, 'strong')}")
+    print(f"\n{request.batch_per_device:,} images for each device\n{show(rows, 'weak')}")
+    levels = level_batches(model, rows)
+    words = [
+        f"{'always' if batch is None else f'{batch:,.0f}'} on {count:,}"
+        for count, batch in levels.items()
+    ]
     print(
-        common.table(
-            ("arrangement", "devices", "copies", "batch", "images/s"),
-            [
-                (
-                    row["arrangement"],
-                    str(row["devices"]),
-                    str(row["copies"]),
-                    f"{row['batch_size']:,}",
-                    f"{row['images_per_second']:,.0f}",
-                )
-                for row in rows
-            ],
-        )
+        "\nCopies of two columns are faster below a batch of, by number of devices: "
+        + ", ".join(words)
     )
-    if check_rows:
-        print(
-            "\n"
-            + common.table(
-                ("against what was measured", "measured", "predicted", "error"),
-                [
-                    (
-                        row["row"],
-                        f"{row['measured']:.1f}",
-                        f"{row['predicted']:.1f}",
-                        f"{row['error']:+.1%}",
-                    )
-                    for row in check_rows
-                ],
-            )
-        )
-    draw(
-        rows,
-        request.plot,
-        f"predicted: {near.bandwidth / 1e9:.3g} GB/s in a node of {request.devices_per_node}, "
-        f"{request.between_nodes} between",
-    )
+    if request.check:
+        print_check(check_rows, request.overhead == 0)
+    where = f"{near.bandwidth / 1e9:.3g} GB/s in a node of {request.devices_per_node}"
+    draw(rows, request.plot, f"{where}, {request.between_nodes} between nodes")
     print(f"plot in {request.plot}")
     common.finish(
-        {"rows": rows, "check": check_rows, "link": vars(near), "request": vars(request)},
+        {
+            "rows": rows,
+            "level_batches": levels,
+            "check": check_rows,
+            "link": vars(near),
+            "assumptions": ASSUMPTIONS,
+            "request": vars(request),
+        },
         request.json,
     )
     return 0

@@ -31,7 +31,17 @@ from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import run_main
 from alexnet_mp.config import check
 
-RowName = Literal["torchvision", "torchvision-kept", "one", "half", "two", "data-parallel", "plain"]
+RowName = Literal[
+    "torchvision",
+    "torchvision-kept",
+    "one",
+    "half",
+    "two",
+    "data-parallel",
+    "four",
+    "data-parallel-four",
+    "plain",
+]
 Turn = list[dict[str, float]]  # what each rank measured in one turn
 QUICK_SECONDS = 130.0  # for all cases together, beside the start of the processes
 HEADLINES = {  # key of the JSON's top level: whose ratio to what
@@ -61,7 +71,8 @@ class Request:
         "data-parallel",
         "plain",
     )
-    """What to time."""
+    """What to time. `four` and `data-parallel-four` have four ranks, which share two cores where
+    there are no more: they are for scaling_model.py --check."""
     quick: bool = False
     """Training only, one step a turn, a trial of 32 images, and as many rounds as two minutes
     allow."""
@@ -85,7 +96,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check(
-            min(self.batch_size, default=0) >= 2,
+            min(self.batch_size, default=0) >= max([2, *(ROWS[name].ranks for name in self.rows)]),
             f"--batch-size {self.batch_size}: two images or more, one for each rank",
         )
         check(

@@ -40,12 +40,15 @@ SLOW_MODULES = {
     "inference/test_run_pictures.py",
     "ops/test_allocator.py",
     "ops/test_triton_kernels.py",
+    "parallel/test_layouts.py",
     "parallel/test_parity.py",
     "test_ranks.py",
     "test_ranks_failures.py",
     "training/test_recipes.py",
     "training/test_run.py",
     "training/test_run_settings.py",
+    "training/test_step_timeline.py",
+    "training/test_tensorboard.py",
 }
 
 

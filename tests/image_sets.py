@@ -8,7 +8,7 @@ from PIL import Image
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Splits, Store, dataset_packer, decode_pool, load, store_format
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.image_sets import list_source
 
 
 def random_store(count: int = 40, side: int = 12, classes: int = 4, seed: int = 0) -> Store:

@@ -79,20 +79,23 @@ def run(
     *args: Any,
     timeout: float = 60.0,
     grace: float = GRACE,
+    nodes: int = 1,
 ) -> list[Any]:
     """Runs `function(rank, *args)` on `world_size` ranks; returns its results by rank.
 
     `function` stands at the top level of a module. Arguments and results are copied by pickle,
     tensors too (no memory is shared); `args` are the same on every rank. Nothing is connected yet:
-    see `process_group`. Raises RanksFailed if a rank raises, dies, or has not returned `timeout`
-    seconds after all have been started; after a first failure the others have `grace` seconds.
+    see `process_group`. With several `nodes` each has as many ranks, and their environment says so,
+    as under one torchrun a node. Raises RanksFailed if a rank raises, dies, or has not returned
+    `timeout` seconds after all have been started; after a first failure the others have `grace`
+    seconds.
     """
     __tracebackhide__ = True
     work = Work.of(function, args)
     start_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _reserved_port() as port:
         places = [
-            _Place(rank, world_size, folder, port, limit=timeout + grace + 30)
+            _Place(rank, world_size, folder, port, timeout + grace + 30, world_size // nodes)
             for rank in range(world_size)
         ]
         processes = []
@@ -189,6 +192,7 @@ class _Place:
     folder: str
     port: int
     limit: float
+    ranks_per_node: int
 
     @property
     def outcome(self) -> Path:
@@ -216,9 +220,10 @@ class _Place:
         )
         return loopback | {
             "RANK": str(self.rank),
-            "LOCAL_RANK": str(self.rank),
+            "LOCAL_RANK": str(self.rank % self.ranks_per_node),
+            "GROUP_RANK": str(self.rank // self.ranks_per_node),
             "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
             _FOLDER: self.folder,

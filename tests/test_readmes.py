@@ -2,9 +2,19 @@
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from data_forms import (
+    DEVKIT,
+    WNIDS,
+    make_devkit,
+    make_ilsvrc,
+    make_parquet,
+    make_shards,
+    make_tar,
+)
 from image_sets import make_folder
 from ranks import run
 
@@ -20,6 +30,7 @@ SMALL = (
     "--limit-train 32 --limit-val 8 --limit-test 8"
 ).split()
 NEEDS_DOWNLOAD = ("cifar10", "fashion-mnist")
+NEEDS_PACKAGE = {"PARQUET": "pyarrow", "ILSVRC": "scipy"}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -108,8 +119,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("readmes")
     for name in ("MINE", "IMAGENET"):
         make_folder(root / name, ("train", "val"), count=48)
+    make_tar(root / "MINE", root / "MINE.tar.gz", "w:gz")
+    make_shards(root / "MINE", root / "SHARDS")
+    make_ilsvrc(make_folder(root / "classes", ("train", "val"), WNIDS, 4), root / "ILSVRC")
+    if find_spec("scipy"):
+        make_devkit(root / "ILSVRC" / DEVKIT, root / "classes")
+    if find_spec("pyarrow"):
+        make_parquet(root / "MINE", root / "PARQUET")
     cat = next((root / "MINE" / "train" / "cat").iterdir())
-    found = {name: str(root / name) for name in ("MINE", "IMAGENET", "STORE", "RUN")}
+    names = ("MINE", "IMAGENET", "STORE", "RUN", "SHARDS", "ILSVRC", "PARQUET")
+    found = {name: str(root / name) for name in names}
     environment = {"XDG_CACHE_HOME": str(root / "cache")}
     done = run(
         command,
@@ -156,6 +175,9 @@ def test_a_printed_command_of_the_package_ends_well(
 ) -> None:
     if any(word in line for word in NEEDS_DOWNLOAD):
         pytest.skip("needs a download")
+    for word, package in NEEDS_PACKAGE.items():
+        if word in line:
+            pytest.importorskip(package)
     match = re.search(r"(?:launch/(\w+)\.py|-m alexnet_mp (\w+)) ?(.*)", line)
     assert match
     name, flags = match[1] or match[2], match[3]

@@ -1,4 +1,4 @@
-"""The command `pack`: an image folder becomes a store that training reads at full speed."""
+"""The command `pack`: a folder or an archive of images becomes a store, read at full speed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from alexnet_mp.cli.process import printing_json, refuse_several_ranks
 from alexnet_mp.config.command import typed_command
 from alexnet_mp.data import dataset_packer, folder_layout
 from alexnet_mp.data.decode_pool import Packing
+from alexnet_mp.data.image_sets import SetOptions, list_source
 
 
 def pack(argv: Sequence[str]) -> int:
-    """Packs, or with --check only reads, the folder that `argv` names.
+    """Packs, or with --check only reads, the images that `argv` names.
 
     Returns 2 if --check found unreadable files.
     """
     request = parse_pack(argv)
     refuse_several_ranks("pack")
-    source, labels, synsets = (
+    labels, synsets, devkit = (
         Path(name).expanduser() if name else None
-        for name in (request.source, request.val_labels, request.val_synsets)
+        for name in (request.val_labels, request.val_synsets, request.devkit)
     )
-    assert source is not None  # the flags' check has seen to it
+    options = SetOptions(labels, synsets, devkit, request.on_error == "skip", progress=True)
     packing = Packing(request.encode, request.on_error, request.workers, progress=True)
     with printing_json(request.json) as write:
-        listings = folder_layout.list_source(source, labels, synsets, _print_line)
+        source = Path(request.source).expanduser()
+        listings = list_source(source, say=_print_line, options=options)
         folder_layout.report(listings, _print_line)
         if request.check:
             report = dataset_packer.check(listings, packing)

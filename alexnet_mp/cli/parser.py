@@ -32,7 +32,7 @@ from alexnet_mp.config.arguments import (
 from alexnet_mp.config.presets import preset
 from alexnet_mp.config.renamed import refuse_old_spellings
 from alexnet_mp.data.dataset_packer import unfinished
-from alexnet_mp.data.folder_layout import find_layout
+from alexnet_mp.data.image_sets import check_form
 from alexnet_mp.parallel.launcher import Environment, launcher, names_job, restarts
 from alexnet_mp.parallel.rendezvous import Meeting
 from alexnet_mp.training.checkpoint import read_to_resume
@@ -272,7 +272,7 @@ def _with_found_data(config: Config, peek: _Peek) -> Config:
         return config
     if kind == "folder":
         try:
-            find_layout(path)
+            check_form(path)
         except (ValueError, OSError) as error:
             raise ValueError(f"{error} (--data says what else it may be)") from None
     if is_main_process():

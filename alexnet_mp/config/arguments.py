@@ -154,8 +154,9 @@ class PackRequest:
     """The flags of `pack`."""
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """Folder with CLASS/, or with train/CLASS/ and val or test likewise; or an unpacked ImageNet or
-    Tiny-ImageNet."""
+    """Folder with CLASS/, or with train/CLASS/ and val or test likewise; an archive of one; the
+    folder of ILSVRC2012_img_train.tar; webdataset shards, also DIR/train-{0000..1023}.tar; or a
+    folder of Parquet files."""
     store: Annotated[Positional[str], arg(metavar="STORE")] = ""
     """New folder for the packed images, or one whose packing was interrupted and goes on."""
     encode: Literal["raw", "jpeg"] = "raw"
@@ -170,12 +171,20 @@ class PackRequest:
     FILE CLASS; or Kaggle's LOC_val_solution.csv."""
     val_synsets: Annotated[str, arg(metavar="FILE")] = ""
     """Class of each number in --val-labels: line k names class k, or lines are NUMBER CLASS."""
+    devkit: Annotated[str, arg(metavar="FILE")] = ""
+    """ILSVRC2012_devkit_t12.tar.gz, which has the classes of ImageNet's validation images; taken
+    unasked where it lies beside the archives."""
     workers: int = 0
     """Threads; 0: one for each core."""
     json: Annotated[str, arg(metavar="FILE")] = ""
     """Write the report into this file too; -: to the standard output, and nothing else there."""
 
     def __post_init__(self) -> None:
+        check(
+            not (self.devkit and self.val_labels),
+            f"--devkit {self.devkit}: and --val-labels {self.val_labels} both name the classes of "
+            "the validation images; give one of them",
+        )
         check(
             self.workers >= 0, f"--workers {self.workers}: one thread or more, 0 for one each core"
         )

@@ -138,7 +138,11 @@ class RecipeConfig:
     lr: float = 0.01
     """Learning rate of the weights (P 5)."""
     bias_lr: float | None = None
-    """Learning rate of the biases, which no schedule then changes; None: as the weights'."""
+    """Learning rate of the biases, which no schedule then changes after the warm-up; None: as the
+    weights'."""
+    lr_scale: Literal["none", "linear", "sqrt"] = "none"
+    """Multiplies --lr, --bias-lr and --lr-min by --batch-size over the preset's batch (linear), or
+    by the root of that (sqrt), for which the preset's rates were meant; see --warmup-epochs."""
     momentum: float = 0.9
     """Share of the velocity that is kept (P 5)."""
     weight_decay: float = 0.0005
@@ -152,7 +156,8 @@ class RecipeConfig:
     """2012: epochs, counted as if all were 90, at whose ends lr falls; falls again; conv1's rate
     goes to 1e-5 and the color noise ends; conv1 freezes; lr falls a third time (LP145:165-182)."""
     warmup_epochs: float = 0.0
-    """Epochs over which the rate of a cosine schedule rises from zero."""
+    """Epochs over which all rates rise linearly from zero to those of the schedule, whichever it
+    is."""
     lr_factor: float = 0.1
     """plateau: factor of the learning rate at a stall (P 5)."""
     lr_patience: int = 3
@@ -227,6 +232,9 @@ class RunConfig:
     bytes. Logits are always sent as they are."""
     profile: bool = False
     """Write OUT/trace.json of a few steps, for Perfetto, and print where each step's time goes."""
+    tensorboard: bool = False
+    """Write OUT/tensorboard: losses, accuracies, rate, norms of the gradients, kernels. Needs the
+    package tensorboard."""
     compile: bool = False
     """Compile the layers between two crossings with torch.compile. A crossing is where ranks
     exchange."""
@@ -238,6 +246,9 @@ class RunConfig:
     """CPU threads of each rank; 0 shares the machine's cores evenly."""
     workers: int = 0
     """Threads of each rank that prepare batches; 0: one, or --threads where a store holds JPEGs."""
+    accumulate: int = 1
+    """Parts in which each rank computes its rows of a batch, one after the other, for less memory:
+    --batch-size stays the batch of a step, and the result is the same."""
     column_ranks: int = 0
     """Ranks that share one copy of the network. 0: the most that columns and ranks allow. 1: each
     rank holds all columns (data parallel)."""
@@ -257,6 +268,7 @@ class RunConfig:
         check_not_negative(
             self, "threads", "workers", "column_ranks", "save_every", "keep_checkpoints"
         )
+        check(self.accumulate >= 1, f"--accumulate {self.accumulate}: one part or more")
         check(0 < self.timeout < 1e6, f"--timeout {self.timeout}: a positive number of seconds")
 
 

@@ -223,6 +223,7 @@ def caffe() -> Config:
 
     Its groups are the columns, but the norm's window runs over the maps of both. Caffe divides
     alpha by the size (0.0001 / 5). The mean image is replaced by its mean color, as in deploying.
+    It trains on ilsvrc12_train_lmdb, all training images, and tests on ilsvrc12_val_lmdb.
     """
     return Config(
         "caffe",
@@ -240,6 +241,7 @@ def caffe() -> Config:
             mean_values=(122.67891, 116.66877, 104.00699),
             color_order="bgr",
             resize="warp",
+            validation="val",
         ),
         RecipeConfig(batch_size=256, bias_decay=False),
     )

@@ -43,8 +43,9 @@ def build_loaders(
 ) -> tuple[Loader, Loader, Loader, Augment]:
     """Loaders of the three splits for one data rank, and the augmentation that they share.
 
-    Small sets are resized once, in memory. ValueError where the data has more classes than the
-    network.
+    Small sets are resized once, in memory. Batches that are not trained on have the size of one of
+    --accumulate's parts, so that they need no more memory. ValueError where the data has more
+    classes than the network.
 
         splits = load(config.data, seed=0)
         config = config.with_fields(classes=len(splits.train.classes))
@@ -60,6 +61,7 @@ def build_loaders(
     size = config.model.image_size
     side = config.data.resized_side(size)
     statistics = splits.train.statistics(side) if needs_statistics(config.data) else None
+    parts = config.run.accumulate
     on_cuda = torch.device(device).type == "cuda"
     dtype = DTYPES[config.run.precision] if on_cuda else torch.float32
     augment = Augment(config.data, size, statistics, device, dtype)
@@ -67,7 +69,7 @@ def build_loaders(
         Loader(
             store.resized(side),
             augment,
-            config.recipe.batch_size,
+            config.recipe.batch_size if training else -(-config.recipe.batch_size // parts),
             config.run.seed,
             training,
             data_rank,

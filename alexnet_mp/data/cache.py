@@ -10,13 +10,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from alexnet_mp.config.files import commit_folder
 from alexnet_mp.config.folder_lock import FolderLock
 from alexnet_mp.data.pack_size import size_text
 
-RunOncePerHost = Callable[[Callable[[], None]], None]
-"""Runs work on one rank of each host while the others wait, and raises its failure on all."""
+Result = TypeVar("Result")
+
+
+class RunOncePerHost(Protocol):
+    """Runs work on one rank of each host while the others wait, and raises its failure on all.
+
+    The others take its result where it is `usable` to them, and else run the work after it.
+    """
+
+    def __call__(
+        self, work: Callable[[], Result], usable: Callable[[Result], bool] = ..., /
+    ) -> Result: ...
+
+
+def run_here(work: Callable[[], Result], usable: Callable[[Result], bool] | None = None) -> Result:
+    """RunOncePerHost where there are no other ranks, or where the others already wait."""
+    return work()
+
+
 Find = Callable[[Path], Path | None]
 """Looks for a set in one folder of the cache."""
 

@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alexnet_mp.config.files import remove_leftovers, sync_folder, write_atomically
 from alexnet_mp.config.folder_lock import LOCK_NAME, FolderLock
-from alexnet_mp.config.progress import progress
+from alexnet_mp.config.progress import Progress, progress
 from alexnet_mp.data import store_format
 from alexnet_mp.data.decode import SIDE
 from alexnet_mp.data.decode_pool import Packing, decoded, quiet_decoding
 from alexnet_mp.data.folder_layout import SPLITS, Split
 from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.pack_size import estimated_bytes, free_bytes, packed_bytes, size_text
-from alexnet_mp.data.split_packer import pack_split, packed_files
+from alexnet_mp.data.split_packer import holds_same_files, pack_split
+from alexnet_mp.data.streamed_decoding import decoded_as_streamed
 from alexnet_mp.ops.cpu_cores import available_cores
 
 UNFINISHED = "unfinished.json"
@@ -115,17 +118,30 @@ def check(listings: Mapping[Split, Listing], packing: Packing) -> dict[str, Any]
             enabled=packing.progress,
         )
         with bar, quiet_decoding():
-            for number, images, _ in decoded(listing, numbers, packing, False, bar):
-                for row, image in zip(numbers[number], images, strict=True):
-                    if isinstance(image, str):
-                        skipped.append((listing.name(row), image))
-                    else:
-                        small += image.side < SIDE
-        splits[name] = _summary(listing, {"skipped": skipped}) | {
+            for row, image in _sides(listing, numbers, packing, bar):
+                if isinstance(image, str):
+                    skipped.append((listing.name(row), image))
+                else:
+                    small += image < SIDE
+        splits[name] = _summary(listing, {"skipped": sorted(skipped)}) | {
             "images": len(listing) - len(skipped),
             "smaller_than_256": small,
         }
     return {"splits": splits}
+
+
+def _sides(
+    listing: Listing, shards: Mapping[int, range], packing: Packing, bar: Progress[None]
+) -> Iterator[tuple[int, int | str]]:
+    """The side of each image as it would be stored, or why it cannot be read."""
+    if listing.contents.in_order:
+        rows = np.arange(len(listing))
+        for row, image, _ in decoded_as_streamed(listing, rows, packing, bar):
+            yield row, image if isinstance(image, str) else image.side
+        return
+    for shard in decoded(listing, shards, packing, False, bar):
+        for row, image in zip(shards[shard.number], shard.images, strict=True):
+            yield row, image if isinstance(image, str) else image.side
 
 
 def unfinished(store: Path) -> str | None:
@@ -195,12 +211,13 @@ def _check_begun(store: Path, plan: Mapping[str, Any], listings: Mapping[Split, 
         begun = json.loads((store / UNFINISHED).read_text(encoding="utf-8"))
     if not begun and (packed := names & set(SPLITS)):
         same = packed == set(listings) and all(
-            packed_files(store / name) == listing.digest() for name, listing in listings.items()
+            holds_same_files(store / name, listing) for name, listing in listings.items()
         )
         if not same:
             raise ValueError(
                 f"STORE {store}: is complete, and packed from other files than those of "
-                f"{plan['source']}; delete it, or name another folder"
+                f"{plan['source']}, or from these before they changed; delete it, or name another "
+                "folder"
             )
         header = store_format.read_header(store / next(iter(listings)))
         begun = {"encode": header.get("encode", "raw")}

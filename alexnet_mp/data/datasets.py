@@ -6,6 +6,7 @@ What a set lacks is held out from its training images.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ import numpy as np
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.config.seeds import combine
-from alexnet_mp.data.cache import RunOncePerHost
+from alexnet_mp.data.cache import RunOncePerHost, run_here
 from alexnet_mp.data.downloads import Cifar10, FashionMnist
 from alexnet_mp.data.folder_layout import EXPECTED, SPLITS, Split
 from alexnet_mp.data.packed_sets import ImageFolder, PackedStore
@@ -62,7 +63,7 @@ class Part:
 def load(
     config: DataConfig,
     seed: int,
-    run_once_per_host: RunOncePerHost = lambda work: work(),
+    run_once_per_host: RunOncePerHost = run_here,
     progress: bool = False,
     side: int | None = None,
 ) -> Splits:
@@ -102,7 +103,7 @@ def load_split(
     config: DataConfig,
     split: Split,
     seed: int,
-    run_once_per_host: RunOncePerHost = lambda work: work(),
+    run_once_per_host: RunOncePerHost = run_here,
     progress: bool = False,
     side: int | None = None,
 ) -> Store:
@@ -142,8 +143,11 @@ def hold_out(
     """
     rng = np.random.default_rng(combine(seed, purpose))
     chosen = np.zeros(len(store), bool)
-    for label in range(len(store.classes)):
-        mine = np.flatnonzero(store.labels == label)
+    # A pass over all labels for each of a thousand classes would take a second.
+    by_class = np.argsort(store.labels, kind="stable")
+    borders = np.searchsorted(store.labels[by_class], np.arange(len(store.classes) + 1))
+    for first, last in itertools.pairwise(borders.tolist()):
+        mine = by_class[first:last]
         count = min(max(round(share * len(mine)), 1), len(mine) - 1)
         chosen[rng.permutation(mine)[: max(count, 0)]] = True
     if not chosen.any():

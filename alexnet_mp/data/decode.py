@@ -12,6 +12,7 @@ import io
 import threading
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,13 @@ TURNS = {
 _one_large = threading.Lock()
 
 
+class Readable(Protocol):
+    """A Path, or a member of an archive."""
+
+    def read_bytes(self) -> bytes:
+        """The whole content. OSError where it cannot be read."""
+
+
 def resize(images: Tensor, side: int) -> Tensor:
     """uint8 (N, 3, s, s) -> uint8 (N, 3, side, side): bilinear, with antialias where it reduces.
 
@@ -65,7 +73,7 @@ def resize(images: Tensor, side: int) -> Tensor:
     )
 
 
-def try_read(file: Path, side: int = SIDE, warp: bool = False) -> np.ndarray | str:
+def try_read(file: Readable, side: int = SIDE, warp: bool = False) -> np.ndarray | str:
     """What `read_image` returns, or the reason why the file cannot be read, in a few words."""
     try:
         return read_image(file, side, warp)
@@ -73,12 +81,12 @@ def try_read(file: Path, side: int = SIDE, warp: bool = False) -> np.ndarray | s
         return _reason(file, error)
 
 
-def _reason(file: Path, error: Exception) -> str:
+def _reason(file: Readable, error: Exception) -> str:
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         words = "not an image that Pillow knows"
-        with contextlib.suppress(OSError), file.open("rb") as opened:
-            start = opened.read(64)
+        with contextlib.suppress(OSError):
+            start = file.read_bytes()[:64]
             if not start.strip():
                 words = "an empty file"
             elif start.lstrip().lower().startswith(b"version https://git-lfs"):
@@ -113,7 +121,7 @@ def _register_heif() -> str:
     return ""
 
 
-def read_image(file: str | Path, side: int = SIDE, warp: bool = False) -> np.ndarray:
+def read_image(file: str | Readable, side: int = SIDE, warp: bool = False) -> np.ndarray:
     """The image in `file` as it is stored: uint8 RGB (3, s, s), s = min(side, its shorter side).
 
     It is the center square, upright as EXIF says; the first frame of an animation; transparency
@@ -122,7 +130,7 @@ def read_image(file: str | Path, side: int = SIDE, warp: bool = False) -> np.nda
 
     With `warp` it is the whole image at side x side instead, whatever its aspect and size.
     """
-    content = Path(file).read_bytes()
+    content = (Path(file) if isinstance(file, str) else file).read_bytes()
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         width, height = opened.size
         with _one_large if width * height > LARGE else contextlib.nullcontext():
@@ -141,10 +149,11 @@ def read_image(file: str | Path, side: int = SIDE, warp: bool = False) -> np.nda
     return np.ascontiguousarray(image)
 
 
-def stored_side(file: Path, side: int = SIDE) -> int | None:
+def stored_side(file: Readable, side: int = SIDE) -> int | None:
     """The side of `read_image`'s result, by the file's header alone; None where that is damaged."""
     try:
-        with Image.open(file, formats=_formats()) as opened:
+        start = file if isinstance(file, Path) else io.BytesIO(file.read_bytes())
+        with Image.open(start, formats=_formats()) as opened:
             width, height = opened.size
             return min(side, int(width), int(height))
     except Exception:  # Pillow's plugins raise nearly everything for a damaged file

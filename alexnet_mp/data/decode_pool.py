@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,17 @@ class Packing:
     """Whether this process shows how far it is."""
 
 
+class DecodedShard(NamedTuple):
+    """The images of one shard, decoded, before they are written."""
+
+    number: int
+    images: list[EncodedImage | str]
+    """Each image, or the reason why it cannot be read."""
+    sums: Sums | None
+    sizes: list[int]
+    """Bytes of each image's file."""
+
+
 @contextlib.contextmanager
 def quiet_decoding() -> Iterator[None]:
     """Silences Pillow's warnings of odd metadata, one a file, and gives torch one thread.
@@ -63,9 +74,8 @@ def decoded(
     packing: Packing,
     with_sums: bool,
     progress: Progress[None],
-) -> Iterator[tuple[int, list[EncodedImage | str], Sums | None]]:
-    """For each of `shards`, in order: its number; its images, or why one cannot be read; their
-    sums, if `with_sums`.
+) -> Iterator[DecodedShard]:
+    """The images of `shards`, in order, with their sums if `with_sums`.
 
     `shards` gives the rows of the listing that each holds. Threads work a shard ahead.
     """
@@ -74,7 +84,7 @@ def decoded(
 
     def work(number: int, rows: range) -> list[EncodedImage | str]:
         # One image after another: it is summed while it is still in the processor's cache.
-        return [_encoded(try_read(listing.path(row)), packing.encode, sums[number]) for row in rows]
+        return [encoded(try_read(listing.file(row)), packing.encode, sums[number]) for row in rows]
 
     chunks = (
         (number, range(start, min(start + CHUNK, rows.stop)))
@@ -94,13 +104,14 @@ def decoded(
                     ahead.extend(pool.submit(work, *chunk) for chunk in islice(chunks, 1))
                     images += some
                     progress.update(len(some))
-                yield number, images, sums.pop(number)
+                sizes = listing.sizes[rows.start : rows.stop].tolist()
+                yield DecodedShard(number, images, sums.pop(number), sizes)
         finally:
             for future in ahead:
                 future.cancel()
 
 
-def _encoded(image: np.ndarray | str, encode: str, sums: Sums | None) -> EncodedImage | str:
+def encoded(image: np.ndarray | str, encode: str, sums: Sums | None) -> EncodedImage | str:
     """The image as it is stored, added to `sums` with the pixels that training will see."""
     if isinstance(image, str):
         return image

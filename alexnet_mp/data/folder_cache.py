@@ -20,8 +20,9 @@ import numpy as np
 
 from alexnet_mp.config.files import write_atomically
 from alexnet_mp.data.cache import ORIGIN, Cache, origin_of
+from alexnet_mp.data.contents import Bytes
 from alexnet_mp.data.dataset_packer import check_room
-from alexnet_mp.data.decode import SIDE, try_read
+from alexnet_mp.data.decode import SIDE, Readable, try_read
 from alexnet_mp.data.decode_pool import Packing, quiet_decoding
 from alexnet_mp.data.folder_layout import Split
 from alexnet_mp.data.image_folder import Listing
@@ -111,14 +112,19 @@ def _same_images(store: Store, path: Path, listing: Listing, rows: Sequence[int]
         left_out[:] = [listing.name(row) in skipped for row in range(len(listing))]
     numbers = np.cumsum(~left_out) - 1  # of each row's image in the store
 
-    def same(row: int) -> bool:
-        image = try_read(listing.path(row))
+    def same(row: int, file: Readable) -> bool:
+        image = try_read(file)
         if isinstance(image, str) or left_out[row]:
             return isinstance(image, str) and bool(left_out[row])
         return np.array_equal(image, store.image(int(numbers[row])))
 
+    files = (
+        ((row, Bytes(content)) for row, content in listing.contents.stream(np.array(rows)))
+        if listing.contents.in_order
+        else ((row, listing.file(row)) for row in rows)
+    )
     with quiet_decoding(), ThreadPoolExecutor(available_cores()) as pool:
-        return all(pool.map(same, rows))
+        return all(pool.map(lambda item: same(*item), files))
 
 
 def _record_times(pack: Path, listing: Listing) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from alexnet_mp.data import image_folder, val_labels
-from alexnet_mp.data.directory import flat_images, image_names, listed, visible_folders
+from alexnet_mp.data.directory import Folder, flat_images, image_names, listed, visible_folders
 from alexnet_mp.data.image_folder import Ignored, Listing
 
 Split = Literal["train", "val", "test"]
@@ -45,17 +45,19 @@ Say = Callable[[str], None]
 class FolderLayout:
     """Which folder is which split of an image set."""
 
-    root: Path
+    root: Folder
     """The folder that holds the splits, or all classes."""
-    folders: Mapping[Split, Path]
+    folders: Mapping[Split, Folder]
     """The splits that have labeled images. With bare classes, train is the root itself."""
     notes: tuple[str, ...] = ()
     """Lines for the screen about what was left out."""
     flag: str = "--data-dir"
-    labels_file: Path | None = None
+    labels_file: Folder | None = None
     """A file with the classes of val's images, where these are not sorted into folders."""
     synsets_file: Path | None = None
     """A file that says which class each number in `labels_file` is."""
+    val_classes: Mapping[str, str] | None = None
+    """The class of each of val's images by its name, where that is known already."""
 
     def list(self, split: Split) -> Listing:
         """The images of `split`. Raises ValueError as `image_folder.list_split` does."""
@@ -66,7 +68,14 @@ class FolderLayout:
         if split == "val" and self.labels_file is not None:
             if classes is None:
                 classes = val_labels.class_names(self.labels_file)
-            labels = val_labels.read_labels(self.labels_file, folder, classes, self.synsets_file)
+            labels = self.val_classes or val_labels.read_labels(
+                self.labels_file, folder, classes, self.synsets_file
+            )
+            if unknown := sorted(set(labels.values()) - set(classes)):
+                raise ValueError(
+                    f"{self.labels_file}: {unknown[0]} is not a class of the training images "
+                    f"({classes[0]} ... {classes[-1]})"
+                )
             listing = image_folder.list_flat(folder, classes, labels, self.labels_file)
         else:
             listing = image_folder.list_split(folder, classes, self.flag)
@@ -87,9 +96,19 @@ def find_layout(
     FileNotFoundError or ValueError, one line that begins with `flag`, for a folder that is not
     there or whose layout is not known.
     """
-    directory = existing_folder(directory, flag)
+    return layout_of(existing_folder(directory, flag), flag, labels_file, synsets_file)
+
+
+def layout_of(
+    directory: Folder,
+    flag: str = "--data-dir",
+    labels_file: Path | None = None,
+    synsets_file: Path | None = None,
+) -> FolderLayout:
+    """The same for a folder that is there, on the disk or in an archive."""
     root = _root(directory, flag)
     notes = [f"{directory}: the images are those of {root}"] if root != directory else []
+    annotations: Folder | None = labels_file
     folders = _split_folders(root, flag)
     if not folders:
         _check_bare(root, flag)
@@ -106,33 +125,10 @@ def find_layout(
             "which is not given"
         )
     elif "val" in folders and (folders["val"] / ANNOTATIONS).is_file():
-        labels_file = folders["val"] / ANNOTATIONS
+        annotations = folders["val"] / ANNOTATIONS
     if "test" in folders and len(folders) > 1 and (count := _unlabeled(folders)):
         notes.append(f"{folders.pop('test')}: left out, its {count:,} images have no labels")
-    return FolderLayout(root, folders, tuple(notes), flag, labels_file, synsets_file)
-
-
-def list_source(
-    source: Path,
-    labels_file: Path | None = None,
-    synsets_file: Path | None = None,
-    say: Say = print,
-) -> dict[Split, Listing]:
-    """Lists all splits of `source`, to pack them. Raises as `find_layout` and its `list` do."""
-    layout = find_layout(source, "SOURCE", labels_file, synsets_file)
-    check_train(layout)
-    for note in layout.notes:
-        say(note)
-    say("; ".join(f"{split}: {folder}" for split, folder in layout.folders.items()))
-    return {split: layout.list(split) for split in layout.folders}
-
-
-def check_train(layout: FolderLayout) -> None:
-    """FileNotFoundError where `layout` has no training images."""
-    if "train" not in layout.folders:
-        raise FileNotFoundError(
-            f"{layout.flag} {layout.root}: no folder train in it; expected {EXPECTED}"
-        )
+    return FolderLayout(root, folders, tuple(notes), flag, annotations, synsets_file)
 
 
 def report(listings: Mapping[Split, Listing], say: Say) -> None:
@@ -154,9 +150,7 @@ def existing_folder(directory: Path, flag: str, expected: str = EXPECTED) -> Pat
         if found.is_dir():
             return found
     if directory.exists():
-        raise ValueError(
-            f"{flag} {directory}: a file, and a folder is expected; unpack an archive first"
-        )
+        raise ValueError(f"{flag} {directory}: a file, and a folder is expected")
     raise FileNotFoundError(
         f"{flag} {directory}: no such folder{_similar(directory)}; expected one with {expected}"
     )
@@ -174,7 +168,7 @@ def _similar(directory: Path) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def _root(directory: Path, flag: str) -> Path:
+def _root(directory: Folder, flag: str) -> Folder:
     """The folder that holds the splits: `directory`, or one in it where known sets have them."""
     place = directory
     for _ in range(WRAPPERS + 1):
@@ -190,9 +184,9 @@ def _root(directory: Path, flag: str) -> Path:
     return directory
 
 
-def _split_folders(root: Path, flag: str) -> dict[Split, Path]:
+def _split_folders(root: Folder, flag: str) -> dict[Split, Folder]:
     """The folders in `root` that are named as splits. ValueError where two are the same split."""
-    found: dict[Split, Path] = {}
+    found: dict[Split, Folder] = {}
     names = visible_folders(root) if root.is_dir() else []
     for split in SPLITS:
         mine = [name for name in names if name.lower() in SPELLINGS[split]]
@@ -206,13 +200,14 @@ def _split_folders(root: Path, flag: str) -> dict[Split, Path]:
     return found
 
 
-def _check_bare(root: Path, flag: str) -> None:
+def _check_bare(root: Folder, flag: str) -> None:
     """Refuses a folder without splits whose folders are not classes either."""
     names = visible_folders(root)
     if not names and not image_names(root):
         raise FileNotFoundError(f"{flag} {root}: no folder train in it; expected {EXPECTED}")
     for name in names:
-        if any((root / name).glob("*/history.jsonl")):
+        runs = visible_folders(root / name)
+        if any((root / name / run / "history.jsonl").is_file() for run in runs):
             raise ValueError(
                 f"{flag} {root}: {name} holds training runs, whose pictures would pass for a "
                 "class; "
@@ -231,7 +226,7 @@ def _check_bare(root: Path, flag: str) -> None:
 
 
 def _check_train_is_no_class(
-    folders: Mapping[Split, Path], others: Sequence[str], flag: str
+    folders: Mapping[Split, Folder], others: Sequence[str], flag: str
 ) -> None:
     """Refuses a set of vehicles, one class of which is called train."""
     train = folders.get("train")
@@ -245,7 +240,7 @@ def _check_train_is_no_class(
         )
 
 
-def _unlabeled(folders: Mapping[Split, Path]) -> int:
+def _unlabeled(folders: Mapping[Split, Folder]) -> int:
     """Returns the number of test images that are not sorted into classes."""
     test = folders["test"]
     place = flat_images(test)

@@ -8,14 +8,19 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from alexnet_mp.data.archive_tree import ArchiveEntry, ArchivePath
+from alexnet_mp.data.contents import Contents, FolderFiles, reordered_names
+from alexnet_mp.data.decode import Readable
 from alexnet_mp.data.directory import (
     EXTENSIONS,
     SHOWN,
+    Entry,
+    Folder,
     as_text,
     files_below,
     flat_images,
@@ -28,6 +33,9 @@ from alexnet_mp.data.directory import (
     sorted_entries,
     visible_folders,
 )
+
+UNKNOWN = -1
+"""The size of an image that is not known before it is read."""
 
 
 @dataclass
@@ -70,25 +78,44 @@ class Listing:
     """
 
     folder: Path
+    """The folder of the split, also one within an archive."""
     classes: tuple[str, ...]
-    labels: np.ndarray  # int32 (N,)
-    sizes: np.ndarray  # int64 (N,), bytes
+    labels: np.ndarray  # int32 (N,), ascending
+    sizes: np.ndarray  # int64 (N,), bytes; UNKNOWN where only reading tells
     times: np.ndarray  # int64 (N,), of the last change, in nanoseconds
-    names: bytes  # the files' paths in the folder, one after another
+    names: bytes  # CLASS/FILE of each image, one after another; CLASS as its folder is called
     ends: np.ndarray  # int64 (N,), the end of each in `names`
+    contents: Contents
     ignored: Ignored
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def path(self, number: int) -> Path:
-        """The file of image `number`."""
-        return self.folder / os.fsdecode(self._name(number))
+    def file(self, number: int) -> Readable:
+        """The file of image `number`, or the member of an archive."""
+        return self.contents.file(number)
 
     def name(self, number: int) -> str:
-        """The file's path in the folder as text, with / on every system."""
+        """CLASS/FILE of image `number` as text, with / on every system."""
         return self._name(number).decode("utf-8", "backslashreplace")
+
+    def location(self, number: int) -> str:
+        """Where image `number` is, for messages."""
+        return self.contents.location(number, self.name(number))
+
+    def stored_name(self, number: int) -> str:
+        """CLASS/FILE without the extension, in which the forms of a data set differ."""
+        name = self.name(number)
+        return os.path.splitext(name)[0] if is_image(name) else name
+
+    def identity(self) -> str:
+        """A digest of classes and stored names: the same for a data set in whatever form."""
+        digest = hashlib.blake2b(repr(self.classes).encode(), digest_size=16)
+        digest.update(self.labels.astype("<i8").tobytes())
+        for row in range(len(self)):
+            digest.update(self.stored_name(row).encode() + b"\n")
+        return digest.hexdigest()
 
     def _name(self, number: int) -> bytes:
         return self.names[self._end(number - 1) : self._end(number)]
@@ -120,8 +147,9 @@ class Listing:
 class _ListingBuilder:
     """Collects the files of a listing in compact arrays."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder, self.ignored = folder, Ignored()
+        self.members = array("q")  # numbers of members, in an archive
         self.labels, self.ends, self.sizes, self.times = (
             array("i"),
             array("q"),
@@ -133,7 +161,7 @@ class _ListingBuilder:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, entry: os.DirEntry[str], inside: str, label: int | None) -> None:
+    def take(self, entry: Entry, inside: str, label: int | None) -> None:
         """Adds `entry`, a file of the subfolder `inside` ("cat/"), or counts it as ignored."""
         if is_hidden(entry.name):
             self.ignored.hidden += 1
@@ -148,22 +176,55 @@ class _ListingBuilder:
             self.labels.append(label)
             self.sizes.append(status.st_size)
             self.times.append(status.st_mtime_ns)
+            if isinstance(entry, ArchiveEntry):
+                self.members.append(entry.number)
 
     def finish(self, classes: Sequence[str], notes: Sequence[str] = ()) -> Listing:
+        names, ends = bytes(self.names), np.array(self.ends, np.int64)
+        contents: Contents
+        if isinstance(self.folder, ArchivePath):
+            contents = self.folder.tree.contents(np.array(self.members, np.int64))
+        else:
+            contents = FolderFiles(self.folder, names, ends)
         return Listing(
-            self.folder,
+            Path(self.folder),
             tuple(classes),
             np.array(self.labels, np.int32),
             np.array(self.sizes, np.int64),
             np.array(self.times, np.int64),
-            bytes(self.names),
-            np.array(self.ends, np.int64),
+            names,
+            ends,
+            contents,
             self.ignored,
             tuple(notes),
         )
 
 
-def class_folders(folder: Path, flag: str = "--data-dir") -> dict[str, str]:
+def in_class_order(listing: Listing) -> Listing:
+    """A listing of flat files as it would be with a folder for each class: the same bytes follow.
+
+    The names, FOLDER/FILE or FILE, become CLASS/FILE.
+    """
+    order = np.argsort(listing.labels, kind="stable")
+    labels = listing.labels[order]
+    names, ends = reordered_names(listing.names, listing.ends, order)
+    starts = [0, *ends[:-1].tolist()]
+    files = [
+        os.fsencode(listing.classes[label]) + b"/" + names[start:end].rpartition(b"/")[2]
+        for label, start, end in zip(labels.tolist(), starts, ends.tolist(), strict=True)
+    ]
+    return replace(
+        listing,
+        labels=labels,
+        sizes=listing.sizes[order],
+        times=listing.times[order],
+        names=b"".join(files),
+        ends=np.cumsum([len(file) for file in files], dtype=np.int64),
+        contents=listing.contents.reordered(order),
+    )
+
+
+def class_folders(folder: Folder, flag: str = "--data-dir") -> dict[str, str]:
     """The classes of FOLDER/CLASS/*, sorted as text, and the name of each one's folder on disk.
 
     ValueError naming the folder where there are none, only one, or two whose names look alike.
@@ -190,7 +251,7 @@ def class_folders(folder: Path, flag: str = "--data-dir") -> dict[str, str]:
 
 
 def list_split(
-    folder: Path, classes: Sequence[str] | None = None, flag: str = "--data-dir"
+    folder: Folder, classes: Sequence[str] | None = None, flag: str = "--data-dir"
 ) -> Listing:
     """Lists FOLDER/CLASS/*, also within subfolders of a class.
 
@@ -232,15 +293,16 @@ def list_split(
 
 
 def list_flat(
-    folder: Path,
+    folder: Folder,
     classes: Sequence[str],
     classes_of: Mapping[str, str],
-    labels_file: Path,
+    labels_file: Folder,
     flag: str = "--val-labels",
 ) -> Listing:
     """Lists FOLDER/*, or FOLDER/images/*, whose classes `classes_of` gives by file name.
 
-    The names in `classes_of` may lack the extension. ValueError for an image without a class.
+    It is in the order of the classes, as if each had its folder. The names in `classes_of` may
+    lack the extension. ValueError for an image without a class.
     """
     listing = _ListingBuilder(folder)
     numbers = {name: label for label, name in enumerate(classes)}
@@ -254,13 +316,13 @@ def list_flat(
         listing.take(entry, inside, numbers[name] if name is not None else None)
     if not len(listing):
         raise ValueError(f"{folder}: has no images ({' '.join(sorted(EXTENSIONS))})")
-    return listing.finish(classes)
+    return in_class_order(listing.finish(classes))
 
 
 # ---- messages ----
 
 
-def _one_class(folder: Path, name: str) -> str:
+def _one_class(folder: Folder, name: str) -> str:
     """Why one class is refused: there is nothing to learn, or the folder is a level too high."""
     if len(inner := visible_folders(folder)) > 1:
         return (
@@ -273,7 +335,7 @@ def _one_class(folder: Path, name: str) -> str:
     )
 
 
-def _loose_images(folder: Path, entries: Sequence[os.DirEntry[str]]) -> str:
+def _loose_images(folder: Folder, entries: Sequence[Entry]) -> str:
     """Returns the advice for a folder that has images but no class folders."""
     images = [as_text(entry.name) for entry in entries if is_image(entry.name)]
     if not images:
@@ -288,13 +350,15 @@ def _loose_images(folder: Path, entries: Sequence[os.DirEntry[str]]) -> str:
         hint = f" ({tables[0]} seems to say which class each is of)"
     elif 1 < len(guessed) <= len(images) / 2:
         hint = f" (by their names they are of {len(guessed):,} classes: {listed(sorted(guessed))})"
+    if isinstance(folder, ArchivePath):
+        return f", but {len(images):,} images, whose classes nothing says: repack as CLASS/FILE"
     return (
         f", but {len(images):,} images: sort them into {folder}/CLASS/{hint}, "
         "or name them with launch/pack.py --val-labels FILE"
     )
 
 
-def _nested_hint(folder: Path) -> str:
+def _nested_hint(folder: Folder) -> str:
     """Names a folder in `folder` that has class folders itself, where a class lacks images."""
     for name in visible_folders(folder):
         place = folder / name

@@ -11,6 +11,7 @@ import numpy as np
 
 from alexnet_mp.data.decode import SIDE, stored_side
 from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.store_format import BEGUN
 
 SAMPLE = 400
 """Image files of a split that are looked at; their headers take a second."""
@@ -27,10 +28,9 @@ def estimated_bytes(listings: Iterable[Listing], encode: str) -> int:
     for listing in listings:
         if not len(listing):
             continue
-        rows = np.linspace(0, len(listing) - 1, min(SAMPLE, len(listing))).astype(int)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sides = [stored_side(listing.path(row)) for row in rows.tolist()]
+            sides = [stored_side(file) for file in listing.contents.sample(SAMPLE, len(listing))]
         pixels = [side**2 for side in sides if side] or [SIDE**2]
         each = 3 if encode == "raw" else JPEG_BYTES_PER_PIXEL
         total += each * len(listing) * float(np.mean(pixels))
@@ -38,8 +38,9 @@ def estimated_bytes(listings: Iterable[Listing], encode: str) -> int:
 
 
 def packed_bytes(folder: Path) -> int:
-    """The bytes of the shards that are in `folder` and below already."""
-    return sum(path.stat().st_size for path in folder.rglob("images-*.npy"))
+    """The bytes of the shards that are in `folder` and below already, finished or begun."""
+    kinds = ("images-*.npy", f"{BEGUN}*")
+    return sum(path.stat().st_size for kind in kinds for path in folder.rglob(kind))
 
 
 def free_bytes(folder: Path) -> int:

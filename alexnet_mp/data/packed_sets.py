@@ -1,15 +1,18 @@
-"""Image folders, packed into the user's cache at first use, and stores that were packed before."""
+"""Image folders and archives, packed into the cache at first use, and stores packed before."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from alexnet_mp.data import dataset_packer, folder_layout
+from alexnet_mp.data.cache import run_here
 from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.folder_cache import packed_folder
 from alexnet_mp.data.folder_layout import SPLITS, Split
-from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.image_sets import ImageSet, SetOptions, find_image_set
 from alexnet_mp.data.source import Request
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import read_header
@@ -24,37 +27,59 @@ SHOWN = 3
 
 
 class ImageFolder:
-    """--data folder: image files sorted into splits and classes."""
+    """--data folder: image files sorted into splits and classes, also within archives."""
 
     def __init__(self, request: Request) -> None:
-        """Looks for the splits. FileNotFoundError or ValueError as `find_layout`."""
-        directory = folder_layout.existing_folder(request.directory, "--data-dir")
-        if _is_store(directory):
+        """Looks for the splits. FileNotFoundError or ValueError as `find_image_set`."""
+        if _is_store(request.directory):
             raise ValueError(
-                f"--data folder --data-dir {directory}: a packed store; use --data store"
+                f"--data folder --data-dir {request.directory}: a packed store; use --data store"
             )
-        self.request, self.layout = request, folder_layout.find_layout(directory)
-        self.splits: Sequence[Split] = [split for split in SPLITS if split in self.layout.folders]
-        for note in self.layout.notes:
-            request.print_rank0(note)
+        self.request = request
+        self._places = request.run_once_per_host(self._look, lambda places: True)
+        self.splits: Sequence[Split] = [split for split in SPLITS if split in self._places]
+
+    @cached_property
+    def _found(self) -> ImageSet:
+        request = self.request
+        options = SetOptions(skip=request.config.on_error == "skip", progress=request.progress)
+        return find_image_set(request.directory, options=options)
+
+    def _look(self) -> dict[Split, str]:
+        """What the screen calls the splits. Of an archive all names are read: one rank does it."""
+        for note in self._found.notes:
+            self.request.print_rank0(note)
+        return {split: str(folder) for split, folder in self._found.folders.items()}
 
     def describe(self, split: Split) -> str:
-        return str(self.layout.folders[split])
+        return self._places[split]
 
     def open(self, splits: Sequence[Split]) -> dict[Split, Store]:
-        """Lists all of `splits` before the first is packed, which may take hours."""
-        listings = {split: self.layout.list(split) for split in splits}
-        folder_layout.report(listings, self.request.print_rank0)
-        return {split: self._open(split, listings[split]) for split in splits}
+        """One rank of each host lists the folder: a million files take seconds, and as many
+        questions to a file server."""
+        stores = self.request.run_once_per_host(lambda: self._find_or_pack(splits), _are_stores)
+        return {split: self._open(split, Path(path)) for split, path in stores.items()}
 
-    def _open(self, split: Split, listing: Listing) -> Store:
-        """The store of one split, packed into the cache if it is in none."""
-        request = self.request
-        packing = Packing(on_error=request.config.on_error, progress=request.progress)
-        path = packed_folder(listing, split, packing, request.cache(request.directory / CACHE))
+    def _find_or_pack(self, splits: Sequence[Split]) -> dict[Split, str]:
+        """The paths of the stores of `splits`, in the cache; packed if they are in none.
+
+        Lists all of `splits` before the first is packed, which may take hours.
+        """
+        listings = {split: self._found.list(split) for split in splits}
+        folder_layout.report(listings, self.request.print_rank0)
+        packing = Packing(on_error=self.request.config.on_error, progress=self.request.progress)
+        directory = self.request.directory
+        cache = self.request.cache((directory if directory.is_dir() else directory.parent) / CACHE)
+        cache = replace(cache, run_once_per_host=run_here)  # this is called by one rank already
+        return {
+            split: str(packed_folder(listing, split, packing, cache))
+            for split, listing in listings.items()
+        }
+
+    def _open(self, split: Split, path: Path) -> Store:
         if skipped := read_header(path)["skipped"]:
-            request.print_rank0(
-                f"{listing.folder}: left out {len(skipped):,} files that cannot be read: "
+            self.request.print_rank0(
+                f"{self.describe(split)}: left out {len(skipped):,} files that cannot be read: "
                 + "; ".join(f"{file}: {reason}" for file, reason in skipped[:SHOWN])
                 + ("; ..." if len(skipped) > SHOWN else "")
             )
@@ -86,3 +111,8 @@ class PackedStore:
 
 def _is_store(directory: Path) -> bool:
     return any((directory / split / "header.json").is_file() for split in SPLITS)
+
+
+def _are_stores(paths: Mapping[Split, str]) -> bool:
+    """Whether this rank sees the stores that another one found or packed."""
+    return all((Path(path) / "header.json").is_file() for path in paths.values())

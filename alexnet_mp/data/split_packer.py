@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
+import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alexnet_mp.config.files import OUT_OF_SPACE, remove_leftovers, write_atomically
-from alexnet_mp.config.progress import progress
+from alexnet_mp.config.progress import Progress, progress
 from alexnet_mp.data import store_format, store_writer
 from alexnet_mp.data.decode import SIDE
-from alexnet_mp.data.decode_pool import Packing, decoded, quiet_decoding
-from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.decode_pool import DecodedShard, Packing, decoded, quiet_decoding
+from alexnet_mp.data.image_folder import UNKNOWN, Listing
 from alexnet_mp.data.statistics import Sums
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import open_array, shard_name
-from alexnet_mp.data.store_writer import EncodedImage, StoreIndex
+from alexnet_mp.data.store_writer import StoreIndex
+from alexnet_mp.data.streamed_decoding import ShardCollector
 
 SHOWN = 3
 """Unreadable files that one message names."""
@@ -53,12 +57,20 @@ def pack_split(listing: Listing, path: Path, packing: Packing, with_sums: bool) 
         raise
 
 
-def packed_files(path: Path) -> str | None:
-    """`Listing.digest` of the files in the finished store `path`; None if it is no store."""
-    with contextlib.suppress(ValueError):
-        files: str | None = store_format.read_header(path).get("files")
-        return files
-    return None
+def holds_same_files(path: Path, listing: Listing) -> bool:
+    """Whether the store `path` is finished and of the files of `listing` as they are now.
+
+    A store says nothing of the times of its files, so that all forms of a data set give the same.
+    But the time of its header is that of the latest: files with a later one have changed.
+    """
+    with contextlib.suppress(ValueError, OSError):
+        header = store_format.read_header(path)
+        return bool(
+            header.get("files") == listing.identity()
+            and (UNKNOWN in listing.sizes or header.get("sizes") == _digest(listing.sizes))
+            and _latest(listing) <= (path / "header.json").stat().st_mtime_ns
+        )
+    return False
 
 
 class _SplitPacker:
@@ -89,41 +101,39 @@ class _SplitPacker:
             # Reused shards are not this run's speed.
             bar.restart(len(self.listing) - sum(map(len, missing.values())))
             bad: list[str] = []
-            for number, images, sums in decoded(
-                self.listing, missing, self.packing, self.with_sums, bar
-            ):
-                skipped = self._unreadable(number, images)
+            for shard in self._decoded(missing, bar):
+                skipped = self._unreadable(shard)
                 if not skipped or self.packing.on_error == "skip":
-                    self._write(number, images, skipped, sums)
+                    self._write(shard, [(self.listing.name(row), why) for row, why in skipped])
                 else:
-                    bad += [f"{self.listing.folder / name}: {reason}" for name, reason in skipped]
+                    bad += [f"{self.listing.location(row)}: {why}" for row, why in skipped]
                     if len(bad) >= MOST_BAD:
                         break
         if bad:
             raise ValueError(_unreadable_message(bad))
         return self._finish()
 
-    def _unreadable(
-        self, number: int, images: Sequence[EncodedImage | str]
-    ) -> list[tuple[str, str]]:
-        """The name of each file of a shard that cannot be read, and why."""
+    def _decoded(self, missing: Mapping[int, range], bar: Progress[None]) -> Iterator[DecodedShard]:
+        if not self.listing.contents.in_order:
+            return decoded(self.listing, missing, self.packing, self.with_sums, bar)
+        return ShardCollector(
+            self.path, self.listing, missing, self.digests, self.packing, self.with_sums
+        ).decoded(bar)
+
+    def _unreadable(self, shard: DecodedShard) -> list[tuple[int, str]]:
+        """The row of each file of a shard that cannot be read, and why."""
         return [
-            (self.listing.name(row), image)
-            for row, image in zip(self.shards[number], images, strict=True)
+            (row, image)
+            for row, image in zip(self.shards[shard.number], shard.images, strict=True)
             if isinstance(image, str)
         ]
 
     def _manifest_path(self, number: int, suffix: str = ".json") -> Path:
         return self.path / f".manifest-{number:05d}{suffix}"
 
-    def _write(
-        self,
-        number: int,
-        images: Sequence[EncodedImage | str],
-        skipped: Sequence[tuple[str, str]],
-        sums: Sums | None,
-    ) -> None:
+    def _write(self, decoded: DecodedShard, skipped: Sequence[tuple[str, str]]) -> None:
         """Writes a shard, and its manifest when the shard is on the disk."""
+        number, images, sums, sizes = decoded
         readable = {
             row: image
             for row, image in zip(self.shards[number], images, strict=True)
@@ -137,6 +147,7 @@ class _SplitPacker:
             "order": shard.order.tolist(),
             "ends": shard.ends.tolist(),
             "skipped": skipped,
+            "sizes": sizes,
         }
         if sums is not None:
             content = sums.to_bytes()
@@ -169,7 +180,7 @@ class _SplitPacker:
 
     def _finish(self) -> dict[str, Any]:
         """Writes the files of the whole split, the header last, and removes the manifests."""
-        index, names, sums = StoreIndex(), bytearray(), Sums()
+        index, names, sums, sizes = StoreIndex(), bytearray(), Sums(), array("q")
         skipped: list[Sequence[str]] = []
         for number in range(len(self.shards)):
             manifest = self._manifest(number)
@@ -181,8 +192,9 @@ class _SplitPacker:
             index.add(manifest["entry"], order, self.listing.labels[kept], ends)
             for row in kept[order].tolist():
                 names += b",\n" if names else b""
-                names += json.dumps(self.listing.name(row)).encode()
+                names += json.dumps(self.listing.stored_name(row)).encode()
             skipped += manifest["skipped"]
+            sizes.extend(manifest["sizes"])
             if self.with_sums:
                 content = self._manifest_path(number, ".npz").read_bytes()
                 sums.merge(Sums.from_bytes(content))
@@ -200,11 +212,13 @@ class _SplitPacker:
             self.listing.classes,
             {name: zlib.crc32(content) for name, content in files.items()},
             encode=self.packing.encode,
-            files=self.listing.digest(),
-            digests=self.digests,
+            files=self.listing.identity(),
+            sizes=_digest(np.array(sizes, np.int64)),
             skipped=skipped,
             **more,
         )
+        latest = _latest(self.listing)
+        os.utime(self.path / "header.json", ns=(latest, latest))  # for `holds_same_files`
         self._tidy()
         return store_format.read_header(self.path)
 
@@ -218,7 +232,8 @@ class _SplitPacker:
         with contextlib.suppress(ValueError):
             header = store_format.read_header(self.path)
             refused = header["skipped"] and self.packing.on_error == "stop"
-            if header.get("digests") == self.digests and not refused:
+            same = header.get("encode") == self.packing.encode
+            if same and holds_same_files(self.path, self.listing) and not refused:
                 Store.open(self.path, verify=True)
                 self._tidy()
                 return header
@@ -229,10 +244,22 @@ class _SplitPacker:
         """Removes manifests, temporaries, and shards of a longer list that was begun here."""
         remove_leftovers(self.path)
         own = {shard_name(number) for number in range(len(self.shards))}
-        leftovers: Iterable[Path] = self.path.glob(".manifest-*")
+        leftovers = [
+            *self.path.glob(".manifest-*"),
+            *self.path.glob(f"{store_format.BEGUN}*"),
+        ]
         others = (shard for shard in self.path.glob("images-*.npy") if shard.name not in own)
         for file in [*leftovers, *others]:
             file.unlink()
+
+
+def _latest(listing: Listing) -> int:
+    """When the file was changed that was changed last, in nanoseconds."""
+    return int(listing.times.max(initial=0))
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.blake2b(values.astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
 def _unreadable_message(bad: Sequence[str]) -> str:

@@ -87,7 +87,7 @@ class Store:
 
     @cached_property
     def paths(self) -> list[str] | None:
-        """Each image's file in the folder that was packed; None for a store of another origin."""
+        """Each image's CLASS/FILE, without extension, if the store was packed; else None."""
         file = self.path / "paths.json" if self.path else None
         if file is None or not file.is_file():
             return None

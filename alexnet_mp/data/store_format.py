@@ -5,7 +5,8 @@ images-00000.npy  a shard, a flat array of bytes: up to SHARD images, smaller si
 labels.npy        int64 (N,), the images' classes
 places.npy        int64 (N, 2), each image's array (one side of one shard) and its row there
 ends.npy          int64 (N,), JPEG only: where each image ends in its shard, array after array
-paths.json        each image's file in the folder that was packed, if one was
+paths.json        each image's name in the set that was packed, if one was: CLASS/FILE, without the
+                  extension, in which the forms of a set differ
 sums.npz          exact sums over all images, if they were taken: statistics then need no other pass
 
 A folder without a header is no store, so a kill while one is written does no harm.
@@ -13,6 +14,7 @@ A folder without a header is no store, so a kill while one is written does no ha
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import zlib
@@ -27,6 +29,8 @@ from alexnet_mp.data.mapping import map_file, release
 FORMAT, VERSION = "alexnet_mp store", 2
 SHARD = 1024
 """Images in a shard: 200 MB at 256 pixels, held in memory until the shard is written."""
+BEGUN = ".begun-"
+"""Begins the name of a file with images of a shard that come out of order."""
 BLOCK = 256
 """Images that are worked on at once in a pass over a whole set."""
 NPY_HEADER = 4096
@@ -114,13 +118,23 @@ def open_array(
 
 def _array_in(content: np.ndarray) -> np.ndarray:
     """The array in the bytes of a .npy file, without a copy."""
-    header = io.BytesIO(content[:NPY_HEADER].tobytes())
-    if np.lib.format.read_magic(header) != (1, 0):
+    magic, length = np.lib.format.MAGIC_LEN, 2
+    size = int.from_bytes(content[magic : magic + length].tobytes(), "little")
+    start = magic + length + min(size, NPY_HEADER)
+    shape, dtype = _parsed_header(content[:start].tobytes())
+    return content[start:].view(dtype).reshape(shape)
+
+
+@functools.lru_cache(16)  # most shards of a store have the same header, and parsing is slow
+def _parsed_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type in the header of a .npy file. ValueError for other than plain numbers."""
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not a .npy file of version 1.0")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if fortran_order or dtype.hasobject:
         raise ValueError("not an array of plain numbers in C order")
-    return content[header.tell() :].view(dtype).reshape(shape)
+    return shape, dtype
 
 
 def checksum_of(array: np.ndarray) -> int:

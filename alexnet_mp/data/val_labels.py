@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_mp.data.directory import flat_images, image_names
+from alexnet_mp.data.directory import Folder, flat_images, image_names
 
 DEVKIT = (
     "the numbers of ILSVRC's devkit (1 to 1000) are its own, not the places of the sorted class "
@@ -18,7 +18,7 @@ DEVKIT = (
 
 
 def read_labels(
-    file: Path, folder: Path, classes: Sequence[str], synsets: Path | None = None
+    file: Folder, folder: Folder, classes: Sequence[str], synsets: Path | None = None
 ) -> dict[str, str]:
     """The class of each image in `folder`, by the image's name as `file` has it.
 
@@ -55,7 +55,7 @@ def read_labels(
     return found
 
 
-def class_names(file: Path) -> tuple[str, ...]:
+def class_names(file: Folder) -> tuple[str, ...]:
     """The classes, sorted, that the `FILE CLASS ...` lines of `file` name."""
     names = sorted({row[1] for row in _rows(file) if len(row) > 1})
     if not names:
@@ -63,7 +63,7 @@ def class_names(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_words(file: Path, classes: Sequence[str]) -> tuple[str, ...] | None:
+def read_words(file: Folder, classes: Sequence[str]) -> tuple[str, ...] | None:
     """The name of each class in `file`, lines of `CLASS<tab>word, synonym ...`.
 
     It is the first word, except where two classes share it. None where a class is not in `file`.
@@ -86,7 +86,7 @@ def read_words(file: Path, classes: Sequence[str]) -> tuple[str, ...] | None:
     return tuple(map(shown, classes))
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: Folder) -> list[str]:
     try:
         return file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -95,7 +95,7 @@ def _lines(file: Path) -> list[str]:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _rows(file: Path) -> list[list[str]]:
+def _rows(file: Folder) -> list[list[str]]:
     """The words of each line; of a .csv, its first two fields."""
     lines = _lines(file)
     # In `n01440764 tench, Tinca tinca` the comma stands among words: this is no .csv.

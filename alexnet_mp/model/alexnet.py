@@ -282,9 +282,9 @@ class AlexNet(nn.Module):
         """
         return cross_column.from_canonical(self, values)
 
-    def summary(self) -> str:
+    def summary(self, precision: str = "fp32", exchange_precision: str = "same") -> str:
         """The table of layers; see `alexnet_mp.model.layer_table.summary`."""
-        return summary(self.config)
+        return summary(self.config, precision, exchange_precision)
 
 
 def check_columns(

@@ -7,12 +7,14 @@ depends on (seed, step, layer, column, row in the global batch) only.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from alexnet_mp.config.seeds import combine
-from alexnet_mp.ops.tracing import needs_plain_operations, not_compiled
+from alexnet_mp.ops import cuda_kernels
+from alexnet_mp.ops.tracing import apply, needs_plain_operations, not_compiled
 
 # Odd, so that every row and every unit has its own product.
 _ROW, _UNIT = 0x9E3779B97F4A7C15 - 2**64, 0x85EBCA6B
@@ -54,7 +56,12 @@ def dropout_mask(keys: Tensor, layer: str, column: int, units: int, rate: float)
     low, high = keys.int(), (keys >> 32).int()  # .int() keeps the low 32 bits
     x = unit[None] ^ low[:, None]  # (N, units)
     x = _hash_round(_hash_round(x, 16, 0x7FEB352D).add_(high[:, None]), 15, 0x846CA68B)
-    return _hash_round(x, 16, 0xC2B2AE35) < min(round(rate * 2**32), 2**32 - 1) - 2**31
+    return _hash_round(x, 16, 0xC2B2AE35) < _threshold(rate)
+
+
+def _threshold(rate: float) -> int:
+    """The int32 below which a share `rate` of all hashes lies."""
+    return min(round(rate * 2**32), 2**32 - 1) - 2**31
 
 
 @functools.lru_cache(maxsize=64)  # layers, columns and devices of a process; 8 KB each
@@ -71,9 +78,42 @@ def drop(
     """`x` (N, units), dropped units at zero, the others divided by 1 - rate if `inverted`."""
     if keys is None:
         raise ValueError("dropout in training: give one key per image, from `dropout_keys`")
+    if _has_kernel(x):
+        unit = _unit_hash(layer, column, x.shape[1], x.device)
+        keep = 1 - rate if inverted else 1.0
+        return apply(_DropKernel, x.contiguous(), keys, unit, _threshold(rate), keep)
     kept = ~dropout_mask(keys, layer, column, x.shape[1], rate)
     x = x * kept.to(x.dtype)  # several times as fast as masked_fill on a CPU
     return x / (1 - rate) if inverted else x
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether one Triton kernel does what `drop` does with some fifteen of torch's operations."""
+    return (
+        x.dtype in cuda_kernels.DTYPES
+        and cuda_kernels.usable(x.device.type)
+        and not needs_plain_operations(x)
+    )
+
+
+class _DropKernel(torch.autograd.Function):
+    """`drop` by the Triton kernel, forward and backward; the hash is computed again, not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, keys: Tensor, unit: Tensor, threshold: int, keep: float
+    ) -> Tensor:
+        from alexnet_mp.ops import triton_kernels  # needs Triton
+
+        ctx.save_for_backward(keys, unit)
+        ctx.settings = threshold, keep
+        return triton_kernels.drop(x, keys, unit, threshold, keep)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        keys, unit = ctx.saved_tensors
+        dropped = apply(_DropKernel, gradient.contiguous(), keys, unit, *ctx.settings)
+        return dropped, None, None, None, None
 
 
 fx.wrap("batch_keys")  # torch.fx records a call of these, and does not look inside

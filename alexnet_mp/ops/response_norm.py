@@ -302,6 +302,10 @@ def sum_over_pixels(x: Tensor, size: int) -> Tensor:
 
     (N, C, H, W) -> the same.
     """
+    if x.device.type != "cpu":
+        # In channels-last its gradient is wrong near the edges, silently: seen on CUDA with torch
+        # 2.11 (pytorch#188344), reported for MPS (pytorch#175190).
+        x = x.contiguous()
     return F.avg_pool2d(x, size, stride=1, padding=size // 2, divisor_override=1)
 
 

@@ -1,9 +1,9 @@
-"""Triton kernels for CUDA: ReLU + response norm + max pooling, the map norm, and the crop of
-images.
+"""Triton kernels for CUDA: ReLU + response norm + max pooling, the map norm, the crop of images,
+and dropout.
 
-They are the twins of csrc/response_norm.cpp and csrc/crop.cpp. Tensors are channels-last, values
-are float32 inside and are rounded once, when they are stored. This module imports Triton;
-`cuda_kernels` says whether it can be used.
+They are the twins of csrc/response_norm.cpp, csrc/crop.cpp and dropout.py. Tensors are channels-
+last, values are float32 inside and are rounded once, when they are stored. This module imports
+Triton; `cuda_kernels` says whether it can be used.
 
 Bytes that a kernel moves to and from a GPU's memory, for values of E bytes, P pixels and C maps; in
 brackets the least possible. Values that a program reads twice come from the GPU's caches.
@@ -16,12 +16,10 @@ brackets the least possible. Values that a program reads twice come from the GPU
 
 The map norm's backward has two passes, since one would compute each term 25 times.
 
-They have been run with Triton's interpreter only, not on hardware.
 """
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -31,22 +29,18 @@ from torch import Tensor
 POOL = 3
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PIXELS = 128  # of a program in the interpreter
+VALUES, WARPS = 512, 4  # of a program on a GPU; with 16 values a thread or more it spills
 
 
-def _tuned(key: list[str]) -> Callable[[Any], Any]:
-    """Chooses the block and warps of a kernel by trial, once for each `key`; the interpreter takes
-    PIXELS."""
+def _block(maps: int) -> dict[str, int]:
+    """Pixels and warps of a program that reads `maps` maps of each pixel.
+
+    They are fixed, not found by trial: a trial compiles each kernel for each candidate, which took
+    a minute before the first step.
+    """
     if INTERPRETED:
-        return lambda kernel: kernel
-    configs = [
-        triton.Config({"BLOCK": block}, num_warps=warps)
-        for block, warps in ((4, 4), (8, 4), (16, 4), (16, 8), (32, 8))
-    ]
-    return triton.autotune(configs=configs, key=key)  # type: ignore[no-any-return]  # Triton is untyped
-
-
-def _block() -> dict[str, int]:
-    return {"BLOCK": PIXELS} if INTERPRETED else {}
+        return {"BLOCK": PIXELS}
+    return {"BLOCK": max(VALUES // triton.next_power_of_2(maps), 1), "num_warps": WARPS}
 
 
 @triton.jit
@@ -79,7 +73,6 @@ def _norm_at(z, base, channel, C: tl.constexpr, inside, k, alpha, RELU: tl.const
     return center * _power(k + alpha * total)
 
 
-@_tuned(["C", "H", "W", "STRIDE"])
 @triton.jit
 def _relu_lrn_pool_forward(
     z,
@@ -156,7 +149,6 @@ def _gradient_at(
     return total
 
 
-@_tuned(["C", "H", "W", "STRIDE"])
 @triton.jit
 def _relu_lrn_pool_backward(
     z,
@@ -267,7 +259,6 @@ def _pixel_sum(
     return total
 
 
-@_tuned(["C", "H", "W"])
 @triton.jit
 def _map_norm_forward(
     z,
@@ -294,7 +285,6 @@ def _map_norm_forward(
     tl.store(out + pixel[:, None] * C + channel[None, :], y.to(out.dtype.element_ty), mask=keep)
 
 
-@_tuned(["C", "H", "W"])
 @triton.jit
 def _map_norm_terms(
     z,
@@ -324,7 +314,6 @@ def _map_norm_terms(
     tl.store(terms + pixel[:, None] * C + channel[None, :], g * _power(d) * x / d, mask=keep)
 
 
-@_tuned(["C", "H", "W"])
 @triton.jit
 def _map_norm_backward(
     z,
@@ -357,7 +346,6 @@ def _map_norm_backward(
     tl.store(dz + pixel[:, None] * C + channel[None, :], result.to(dz.dtype.element_ty), mask=keep)
 
 
-@_tuned(["SIZE"])
 @triton.jit
 def _crop(
     images,
@@ -401,6 +389,32 @@ def _crop(
         tl.store(out + target, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _hash_round(x, SHIFT: tl.constexpr, factor):
+    """`_hash_round` of dropout.py: the shift is arithmetic, so the copies of the sign are
+    cleared."""
+    return (x ^ ((x >> SHIFT) & ((1 << (32 - SHIFT)) - 1))) * factor
+
+
+@triton.jit
+def _drop(x, keys, unit, out, units, threshold, keep, BLOCK: tl.constexpr):
+    """One program: BLOCK units of one image. The hash is that of `dropout_mask`, int32 that
+    wraps."""
+    row = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < units
+    key = tl.load(keys + row)
+    low, high = key.to(tl.int32), (key >> 32).to(tl.int32)
+    h = tl.load(unit + column, mask=inside, other=0) ^ low
+    h = _hash_round(h, 16, 0x7FEB352D) + high
+    h = _hash_round(h, 15, -0x7B935975)  # 0x846CA68B as int32
+    h = _hash_round(h, 16, -0x3D4D51CB)  # 0xC2B2AE35
+    place = row.to(tl.int64) * units + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.where(h < threshold, 0.0, 1.0) / keep  # not a number stays that
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
 def _grid(total: int) -> Callable[[dict[str, int]], tuple[int]]:
     return lambda meta: (triton.cdiv(total, meta["BLOCK"]),)
 
@@ -440,7 +454,7 @@ def forward(
             CP=triton.next_power_of_2(maps),
             RELU=relu,
             STRIDE=stride,
-            **_block(),
+            **_block(maps),
         )
     return out, places
 
@@ -477,7 +491,7 @@ def backward(
             CP=triton.next_power_of_2(maps),
             RELU=relu,
             STRIDE=stride,
-            **_block(),
+            **_block(maps),
         )
     return dz
 
@@ -498,7 +512,7 @@ def map_norm_forward(z: Tensor, size: int, k: float, alpha: float) -> Tensor:
             C=maps,
             CP=triton.next_power_of_2(maps),
             SIZE=size,
-            **_block(),
+            **_block(maps),
         )
     return out
 
@@ -509,7 +523,7 @@ def map_norm_backward(z: Tensor, gradient: Tensor, size: int, k: float, alpha: f
     dz = torch.empty_like(z, memory_format=torch.channels_last)
     if total := images * height * width:
         terms = torch.empty_like(z, dtype=torch.float32, memory_format=torch.channels_last)
-        sizes = {"C": maps, "CP": triton.next_power_of_2(maps), "SIZE": size, **_block()}
+        sizes = {"C": maps, "CP": triton.next_power_of_2(maps), "SIZE": size, **_block(maps)}
         _map_norm_terms[_grid(total)](z, gradient, terms, total, height, width, k, alpha, **sizes)
         _map_norm_backward[_grid(total)](
             z, gradient, terms, dz, total, height, width, k, alpha, **sizes
@@ -559,6 +573,22 @@ def crop(
             ROWS=len(images),
             MEAN=0 if mean is None else 1 if aligned else 2,
             COLOR=color is not None,
-            **({"BLOCK": 1024} if INTERPRETED else {}),
+            BLOCK=VALUES,
+        )
+    return out
+
+
+def drop(x: Tensor, keys: Tensor, unit: Tensor, threshold: int, keep: float) -> Tensor:
+    """`x` (N, units), contiguous, zero where the hash of an image's key and a unit is below
+    `threshold`, the rest divided by `keep`.
+
+    `keys`: int64 (N,). `unit`: int32 (units,), the units' part of the hash.
+    """
+    out = torch.empty_like(x)
+    if out.numel():
+        rows, units = x.shape
+        block = 1024
+        _drop[(triton.cdiv(units, block), rows)](
+            x, keys, unit, out, units, threshold, keep, BLOCK=block
         )
     return out

@@ -5,6 +5,8 @@ It uses gloo groups on the CPU and is metered apart from the activations, which 
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alexnet_mp.parallel.devices import all_cores
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.parallel.meter import Meter
 
@@ -171,27 +174,42 @@ class Collectives:
             raise kind(message)
         return result  # type: ignore[no-any-return]  # rank 0's, of the type that `work` returns
 
-    def run_once_per_host(self, work: Callable[[], object]) -> None:
+    def run_once_per_host(
+        self,
+        work: Callable[[], Result],
+        usable: Callable[[Result], bool] = lambda result: False,
+    ) -> Result:
         """Runs `work` on the first rank of each host while the others wait, however long.
 
-        Then the others run it too: where they see the first rank's files nothing is left to do, and
-        where they do not (containers of one host) they make their own. A failure is raised on all
-        ranks, as ValueError.
+        That rank's new threads may use all cores of the host, not only its own share.
+        Then the others take its result, which is picklable, where it is `usable` to them, and else
+        run `work` too: where they see the first rank's files nothing is left to do, and where they
+        do not (containers of one host) they make their own. A failure is raised on all ranks, as
+        ValueError.
         """
         if self.control is None:
-            work()
-            return
+            return work()
+        host, known, mine = socket.gethostname(), list[Result](), list[Result]()
         for first in (True, False):
-            mine = (self.environment.local_rank == 0) == first
-            message = _message_of_failure(work) if mine else None
-            failures = [m for m in self.gather_no_timeout(message) if m]
+            failure = ""
+            if (self.environment.local_rank == 0) == first:
+                mine = known if known and usable(known[0]) else []
+                if not mine:
+                    with all_cores() if first else contextlib.nullcontext():
+                        failure, mine = _attempt(work)
+            outcomes = self.gather_no_timeout((failure, host, mine if first else []))
+            failures = [message for message, *_ in outcomes if message]
             if failures:
                 raise ValueError(failures[0])
+            # The first rank of this host is the last one before this rank.
+            before = [found for _, place, found in outcomes[: self.rank + 1] if place == host]
+            known = next((found for found in reversed(before) if found), [])
+        return mine[0]
 
 
-def _message_of_failure(work: Callable[[], object]) -> str | None:
+def _attempt(work: Callable[[], Result]) -> tuple[str, list[Result]]:
+    """The message of `work`'s failure, or an empty one and its result."""
     try:
-        work()
+        return "", [work()]
     except (OSError, ValueError, RuntimeError) as error:
-        return str(error) or repr(error)
-    return None
+        return str(error) or repr(error), []

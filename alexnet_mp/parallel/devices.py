@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -145,6 +146,27 @@ def set_threads(asked: int, environment: Environment, device: torch.device) -> i
         os.sched_setaffinity(0, own)
         _pinned = (cores, own)
     return threads
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """A block in which threads that are started may use all cores that `set_threads` shared out.
+
+    For work that one rank does while the others wait. Torch's own threads are not started in it:
+    they would stay on all cores, and training uses them later.
+    """
+    if _pinned is None:
+        yield
+        return
+    cores, own = _pinned
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
+        torch.set_num_threads(threads)
 
 
 def _users_threads(ranks: int, variables: Mapping[str, str] = os.environ) -> int:

@@ -19,7 +19,9 @@ double every gradient below.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from alexnet_mp.parallel.meter import Meter, Timestamp
+from alexnet_mp.parallel.meter import Exchange, Meter, Timestamp
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -57,6 +59,7 @@ class Transfer:
             for tensor in self.sent
         ]
         self.works: list[Any] = []
+        self.arrival: Future[float] | None = None
         # At a short tail a data rank may have no rows; then its whole model group has none.
         if self.sent[0].numel():
             # One batch: with NCCL all sends and receives are one group, and no order can deadlock.
@@ -68,10 +71,29 @@ class Transfer:
                 ]
             )
 
+    def watch(self) -> None:
+        """Notes when the peers' tensors arrive, while this rank computes. For gloo."""
+        watcher = ThreadPoolExecutor(1, "arrival")
+        self.arrival = watcher.submit(self._wait_for_works)
+        watcher.shutdown(wait=False)  # the thread ends with its one task
+
+    def _wait_for_works(self) -> float:
+        """Waits for all that was received and sent; when the last tensor of a peer was there."""
+        half = len(self.works) // 2
+        for work in self.works[half:]:
+            work.wait()
+        arrived = time.perf_counter()
+        for work in self.works[:half]:
+            work.wait()
+        return arrived
+
     def wait(self) -> list[Tensor]:
         """The peers' tensors, in rank order, as what was sent: device, type, memory format."""
-        for work in self.works:
-            work.wait()
+        if self.arrival is not None:
+            self.arrival.result()
+        else:
+            for work in self.works:
+                work.wait()
         received = [
             tensor.to(self.like.device, non_blocking=True).to(self.like.dtype)
             for tensor in self.received
@@ -88,23 +110,31 @@ class _PendingExchange:
     """The state that both functions of a crossing share: its transfer, then the gradients'."""
 
     def __init__(self, link: GroupLink, layer: str) -> None:
-        self.link, self.layer = link, layer
+        self.link, self.layer, self.direction = link, layer, ""
         self.transfer: Transfer | None = None
         self.sent_at: Timestamp = 0.0
 
     def send(self, outgoing: list[Tensor], direction: str, narrow: bool = True) -> None:
-        self.sent_at = self._timestamp(outgoing[0])
+        self.direction, self.sent_at = direction, self._timestamp(outgoing[0])
         self.transfer = Transfer(outgoing, self.link, narrow)
+        if self.link.meter.exchanges is not None and self.link.through_host:
+            self.transfer.watch()
         for tensor in self.transfer.sent:
             self.link.meter.count(self.layer, direction, tensor)
 
     def wait(self) -> list[Tensor]:
         assert self.transfer is not None
-        like = self.transfer.like
+        like, arrival = self.transfer.like, self.transfer.arrival
+        size = self.transfer.sent[0].nbytes
         asked_at = self._timestamp(like)
         with torch.profiler.record_function(f"wait for {self.layer}"):
             received, self.transfer = self.transfer.wait(), None
-        self.link.meter.add_wait(self.sent_at, asked_at, self._timestamp(like))
+        received_at, meter = self._timestamp(like), self.link.meter
+        meter.add_wait(self.sent_at, asked_at, received_at)
+        if meter.exchanges is not None:
+            arrived_at = received_at if arrival is None else arrival.result()
+            times = (self.sent_at, asked_at, arrived_at, received_at)
+            meter.exchanges.append(Exchange(self.layer, self.direction, "column", size, *times))
         return received
 
     def _timestamp(self, x: Tensor) -> Timestamp:

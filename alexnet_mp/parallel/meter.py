@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 import torch
@@ -15,6 +16,26 @@ TRAINING, EVALUATION = "training", "evaluation"
 
 Timestamp: TypeAlias = "float | torch.cuda.Event"
 """Seconds of the host's clock, or an event on the device's current stream."""
+
+
+@dataclass
+class Exchange:
+    """One exchange of this rank with all its peers, and when its parts happened."""
+
+    layer: str
+    direction: str
+    """forward or backward."""
+    group: str
+    """The peers: column, those that hold the other columns; data, those that hold the same ones."""
+    bytes: int
+    """Sent to each peer."""
+    sent: Timestamp
+    asked: Timestamp
+    """The wait begins."""
+    arrived: Timestamp
+    """All peers' parts are here; with NCCL, which does not tell, as `received`."""
+    received: Timestamp
+    """The wait is over."""
 
 
 class Meter:
@@ -40,6 +61,8 @@ class Meter:
         self.bytes: dict[tuple[str, str, str], int] = defaultdict(int)
         self.exposed_seconds: dict[str, float] = defaultdict(float)
         self.in_flight_seconds: dict[str, float] = defaultdict(float)
+        self.exchanges: list[Exchange] | None = None
+        """Each exchange with its times, for as long as this is a list."""
         self.times_device = False
         self._unresolved: list[
             tuple[str, torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]

@@ -56,9 +56,7 @@ def spanning_copy(hosts: Sequence[str], column_ranks: int) -> tuple[int, ...]:
 def describe_copy(hosts: Sequence[str], ranks: Sequence[int]) -> str:
     """ "ranks 2 and 3 ... on hosts a and b"."""
     names = dict.fromkeys(hosts[rank].partition(" ")[0] for rank in ranks)
-    return (
-        f"ranks {_and(ranks)} share one copy of the network but are on hosts {_and(list(names))}"
-    )
+    return f"ranks {_and(ranks)} share one copy of the network but are on hosts {_and(list(names))}"
 
 
 def _avoidable(hosts: Sequence[str], smallest: int) -> str:

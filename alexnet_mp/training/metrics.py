@@ -185,6 +185,25 @@ class EpochMetrics:
         loss, weight, _, _ = self.sums.tolist()
         return loss / weight if weight else 0.0
 
+    def record(
+        self, scores: Scores, validation_seconds: float, all_reduce: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """The figures of a finished epoch for history.jsonl; `scores` are of its validation.
+
+        `all_reduce` adds the other copies' sums. images_per_second is of the training alone.
+        """
+        loss, weight, images, correct = all_reduce(self.sums.cpu().double()).tolist()
+        return {
+            "train_loss": loss / weight,
+            "train_top1": correct / images,
+            "val_loss": scores.loss,
+            "val_top1": scores.top1,
+            "val_top5": scores.top5,
+            "grad_norm": self.gradient_norm / self.steps,
+            "images_per_second": images / self.seconds,
+            "seconds": round(self.seconds + validation_seconds, 3),
+        }
+
     def state_dict(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """The state of all copies of the network: `all_reduce` adds the other copies' sums."""
         return {

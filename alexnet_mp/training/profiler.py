@@ -1,4 +1,4 @@
-"""Where a training step's time goes: `--profile` times the first steps of a run, traces some more.
+"""Where a training step's time goes: `--profile` times a run's first steps, records, traces more.
 
 The loop does not know of it: the loader is wrapped, the optimizer has hooks, the meter counts the
 waits for a peer.
@@ -6,6 +6,7 @@ waits for a peer.
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
@@ -15,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from alexnet_mp.config.command import typed_command
+from alexnet_mp.config.files import write_atomically
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.meter import TRAINING
+from alexnet_mp.training.step_recorder import StepRecorder, why_no_timeline
 
-# Steps. A trace slows the steps that it sees, so times are of the steps before it.
-WARM_UP, TIMED, TRACED = 3, 10, 3
+# Steps, in this order. Recording and tracing slow the steps that they see.
+WARM_UP, TIMED, RECORDED, TRACED = 3, 10, 3, 3
+STEPS = WARM_UP + TIMED + RECORDED + TRACED
 
 _END = object()
 
@@ -42,17 +48,28 @@ class Times:
 
 
 class Profiler:
-    """Times `TIMED` steps after a warm-up, then traces `TRACED`; `report` covers all ranks.
+    """Times `TIMED` steps after a warm-up, then records and traces more; `report` covers all ranks.
 
-    On CUDA it waits for the device wherever a part of a step begins or ends; otherwise one part's
-    work would be found in the next part's time.
+    `replica` is what is trained; without it no step is recorded. On CUDA, while steps are timed, it
+    waits for the device wherever a part of a step begins or ends; otherwise one part's work would
+    be found in the next part's time.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, context: ParallelContext) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        context: ParallelContext,
+        replica: nn.Module | None = None,
+    ) -> None:
         self.context, self.meter, self.device = context, context.meter, context.device
         self.meter.times_device = self.device.type == "cuda"
         self.times: list[Times] = []
         self.steps, self.input, self.optimizer_began = 0, 0.0, 0.0
+        self.no_timeline = why_no_timeline(replica)
+        self.recorder: StepRecorder | None = None
+        if replica is not None and not self.no_timeline:
+            self.recorder = StepRecorder(replica, context)
+        self.recording: StepRecorder | None = None  # while steps are recorded
         self.trace: torch.profiler.profile | None = None
         self.traced = False
         self.hooks = [
@@ -66,10 +83,20 @@ class Profiler:
         return WatchedLoader(loader, self)
 
     def now(self) -> float:
-        """Seconds, after all that the device was given to do."""
+        """Seconds, after all that the device was given to do, unless the step is recorded."""
+        if not self.recording:
+            self._wait_for_device()
+        return time.perf_counter()
+
+    def _wait_for_device(self) -> None:
         if self.hooks and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+
+    def add_input(self, asked: float, came: float) -> None:
+        """A batch was waited for."""
+        self.input += came - asked
+        if self.recording:
+            self.recording.add_input(asked, came)
 
     def _begin_step(self) -> None:
         self.began, self.input = self.now(), 0.0
@@ -77,17 +104,29 @@ class Profiler:
         self.exposed = self.meter.exposed_seconds[TRAINING]
         self.flags = self.meter.exposed_seconds["control"]
         self.in_flight = self.meter.in_flight_seconds[TRAINING]
+        if self.recording:
+            self.recording.begin_step()
 
     def _before_update(self, *_: Any) -> None:
-        self.optimizer_began = self.now()
+        if self.recording:
+            self.recording.begin_update()
+        else:
+            self.optimizer_began = self.now()
 
     def _after_update(self, *_: Any) -> None:
-        """A step ends: notes it, and begins or ends the trace where its turn has come."""
-        now, self.steps = self.now(), self.steps + 1
+        """A step ends: notes it, and goes on to recording or tracing where its turn has come."""
+        self._wait_for_device()
+        now, self.steps = time.perf_counter(), self.steps + 1
         self.meter.resolve_device_times()
         if WARM_UP < self.steps <= WARM_UP + TIMED:
             self.times.append(self._times(now))
-        if self.steps == WARM_UP + TIMED:
+        if self.recording:
+            self.recording.end_step(self.steps)
+        if self.steps == WARM_UP + TIMED and self.recorder:
+            self.recording = self.recorder
+            self.recording.start()
+        if self.steps == WARM_UP + TIMED + RECORDED:
+            self._end_recording()
             # It complains of a missing GPU on every CPU.
             os.environ.setdefault("KINETO_LOG_LEVEL", "5")
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -95,7 +134,7 @@ class Profiler:
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
             self.trace = torch.profiler.profile(activities=activities)
             self.trace.start()
-        elif self.steps == WARM_UP + TIMED + TRACED:
+        elif self.steps == STEPS:
             self._end()
         self._begin_step()
 
@@ -108,7 +147,13 @@ class Profiler:
         compute = step - exposed - flags - self.input - optimizer
         return Times(step, compute, exposed, hidden, flags, self.input, optimizer)
 
+    def _end_recording(self) -> None:
+        if self.recording:
+            self.recording.stop()
+            self.recording = None
+
     def _end(self) -> None:
+        self._end_recording()
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
@@ -117,8 +162,11 @@ class Profiler:
             self.trace.stop()
             self.traced = True
 
-    def report(self, folder: Path) -> str:
-        """Writes this rank's trace into `folder`; returns the table. All ranks call it."""
+    def report(self, folder: Path, batch: int) -> str:
+        """Writes timeline.json and this rank's trace into `folder`; returns the table.
+
+        All ranks call it. `batch`: images of a step, over all ranks.
+        """
         self._end()
         ranks = [
             [Times(*values) for values in times]
@@ -129,13 +177,25 @@ class Profiler:
                 f"--profile: nothing to show, the run had {self.steps} steps and {WARM_UP} warm "
                 "up; more need --epochs or --max-steps"
             )
+        lines = [table(ranks), self._write_timeline(folder, batch)]
         if self.trace is None or not self.traced:
-            return f"{table(ranks)}\nno trace: that takes {WARM_UP + TIMED + TRACED} steps"
+            return "\n".join([*lines, f"no trace: that takes {STEPS} steps"])
         name = "trace.json" if self.context.is_rank0 else f"trace-rank{self.context.rank}.json"
         self.trace.export_chrome_trace(str(folder / name))
-        return (
-            f"{table(ranks)}\ntrace in trace.json, for chrome://tracing or https://ui.perfetto.dev"
-        )
+        lines.append("trace in trace.json, for chrome://tracing or https://ui.perfetto.dev")
+        return "\n".join(lines)
+
+    def _write_timeline(self, folder: Path, batch: int) -> str:
+        """Writes timeline.json on rank 0; returns the line about it."""
+        if self.recorder is None:
+            return f"no timeline: {self.no_timeline}"
+        step = self.recorder.typical_step(batch)
+        if step is None:
+            return f"no timeline: that takes {WARM_UP + TIMED + 1} steps"
+        if self.context.is_rank0:
+            write_atomically(folder / "timeline.json", json.dumps(step) + "\n")
+        draw = typed_command("figures")
+        return f"timeline of step {step['step']} in timeline.json; `{draw} {folder}` draws it"
 
 
 class WatchedLoader:
@@ -155,7 +215,7 @@ class WatchedLoader:
         while True:
             asked = self.profiler.now()
             batch = next(batches, _END)
-            self.profiler.input += self.profiler.now() - asked
+            self.profiler.add_input(asked, self.profiler.now())
             if batch is _END:
                 return
             yield batch

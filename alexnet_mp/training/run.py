@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from alexnet_mp.config import Config, check
+from alexnet_mp.config.rate_scaling import described_rates, scaled_recipe, scaling_note
 from alexnet_mp.data import build_loaders, load
 from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.ops.compile import compile_network
@@ -29,6 +30,7 @@ from alexnet_mp.training.run_folder import RunFolder
 from alexnet_mp.training.schedule import EarlyStopping, build_schedule
 from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.step_sync import NonFiniteError, Stopped
+from alexnet_mp.training.tensorboard import TensorBoard, require_tensorboard
 from alexnet_mp.training.trainer import Trainer
 
 
@@ -52,6 +54,8 @@ def run(
         result = one.train_and_test(install_signals)
     finally:
         one.folder.release()
+        if one.tensorboard:
+            one.tensorboard.close()
     # Not after an error: closing would reach the peers before the cause does, as "connection lost".
     context.close()
     return result
@@ -65,6 +69,7 @@ class Run:
         self.print_rank0(run_messages.introduction(config, context))
         if note := note_on_hosts(context):
             self.print_rank0(note)
+        self._check_settings(config)
         self._prepare_device(config)
         self._load_images(config)
         self._build_trainer()
@@ -78,6 +83,7 @@ class Run:
         if self.config.run.resume:
             self._restore(Path(self.config.run.resume))
         self._write_history()
+        self._open_tensorboard()
         if install_signals:
             install_signals(self.trainer)
         try:
@@ -95,12 +101,23 @@ class Run:
 
     # --- prepare
 
-    def _prepare_device(self, config: Config) -> None:
-        kind = self.context.device.type
+    def _check_settings(self, config: Config) -> None:
+        """ValueError where a setting does not fit the device or the number of ranks."""
+        kind, ranks = self.context.device.type, self.context.data_ranks
         check(
             kind == "cuda" or not config.run.cuda_graphs,
             f"--cuda-graphs: {kind} has none; leave the flag out, or give --compile instead",
         )
+        parts, share = config.run.accumulate, config.recipe.batch_size // ranks
+        of_ranks = f", {share} for each of {ranks} data ranks," if ranks > 1 else ""
+        check(
+            parts <= max(share, 1),
+            f"--accumulate {parts}: a batch of {config.recipe.batch_size} images{of_ranks} has "
+            f"at most {max(share, 1)} parts that are not empty; raise --batch-size",
+        )
+
+    def _prepare_device(self, config: Config) -> None:
+        kind = self.context.device.type
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -139,10 +156,12 @@ class Run:
 
     def _build_trainer(self) -> None:
         context, config = self.context, self.config
-        recipe, settings = config.recipe, config.run
+        recipe, settings = scaled_recipe(config), config.run
         self.model = context.build_model(config.model, settings.seed)
-        for line in run_messages.ranks(context, self.model, recipe.batch_size):
+        for line in run_messages.ranks(context, self.model, recipe.batch_size, settings.accumulate):
             self.print_rank0(line)
+        if note := scaling_note(config):
+            self.print_rank0(note)
         if recipe.init_from and not settings.resume:
             for line in initialize_from(self.model, recipe.init_from, config, recipe.reset):
                 self.print_rank0(line)
@@ -162,6 +181,7 @@ class Run:
             context=context,
             precision=settings.precision,
             seed=settings.seed,
+            accumulate=settings.accumulate,
             max_steps=recipe.max_steps,
             on_epoch=self._save,
             on_save=self._save,
@@ -169,7 +189,12 @@ class Run:
             restore_best_weights=False,  # they are in best.pt
             command_line=True,
         )
-        self.profiler = Profiler(optimizer, context) if settings.profile else None
+        self.tensorboard: TensorBoard | None = None
+        if settings.tensorboard:
+            context.run_on_rank0(require_tensorboard)
+        self.profiler = (
+            Profiler(optimizer, context, self.trainer.replica) if settings.profile else None
+        )
         if self.profiler:
             self.train_loader = self.profiler.watching(self.train_loader)
 
@@ -185,10 +210,18 @@ class Run:
         version = {"alexnet_mp": alexnet_mp.__version__, "code": code_version()}
         content = {
             "config": self.config.to_dict(),
+            "rates": described_rates(self.config),
             "environment": version | describe(self.context),
             "data": self.data,
         }
         self.context.run_on_rank0(lambda: self.folder.open(content, bool(self.config.run.resume)))
+
+    def _open_tensorboard(self) -> None:
+        if not self.config.run.tensorboard:
+            return
+        trainer, folder = self.trainer, self.folder.path / "tensorboard"
+        board = self.tensorboard = TensorBoard(folder, self.context, trainer.step)
+        trainer.on_step = lambda step: board.record_step(step, trainer.loss_scale.scale)
 
     # --- restore
 
@@ -235,7 +268,7 @@ class Run:
         if trainer.batch or not trainer.history:
             self._save()  # within an epoch: the epochs before it were saved as they ended
         if self.profiler:
-            self.print_rank0(self.profiler.report(self.folder.path))
+            self.print_rank0(self.profiler.report(self.folder.path, self.config.recipe.batch_size))
         if trainer.stopping:
             raise Stopped
 
@@ -263,6 +296,8 @@ class Run:
             keep=keep,
         )
         self._write_history()
+        if record and self.tensorboard:
+            self.tensorboard.record_epoch(record, self.model)
 
     def _write_history(self) -> None:
         self.context.run_on_rank0(lambda: self.folder.write_history(self.trainer.history))

@@ -30,13 +30,15 @@ def introduction(config: Config, context: ParallelContext) -> str:
     )
 
 
-def ranks(context: ParallelContext, model: nn.Module, batch_size: int) -> list[str]:
+def ranks(context: ParallelContext, model: nn.Module, batch_size: int, parts: int = 1) -> list[str]:
     """A line for each kind of rank, such as "rank 0: column 0; 10,108,620 parameters; batch 32".
 
-    Every rank calls it. The parameters are those that the rank holds, the batch is its share.
+    Every rank calls it. The parameters are those that the rank holds, the batch is its share, which
+    it computes in `parts`.
     """
     share = -(-batch_size // context.data_ranks)
     batch = f"batch {share}" + (f" of {batch_size}" if context.data_ranks > 1 else "")
+    batch += f" in {parts} parts" if parts > 1 else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     mine = f"{count('column', context.columns)}; {parameters:,} parameters; {batch}"
     everywhere = context.gather(mine)

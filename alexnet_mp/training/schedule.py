@@ -192,32 +192,79 @@ class Schedule2012(LRSchedule):
 
 
 class Cosine(LRSchedule):
-    """Half a cosine from the first rate to zero over `epochs`, after a linear rise over `warmup`.
-
-    It is set before every step.
+    """Half a cosine from the first rate to zero over `epochs`, set before every step.
 
     Biases that have a rate of their own keep it.
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        epochs: int,
-        warmup: float = 0.0,
-        fixed_biases: bool = False,
+        self, optimizer: torch.optim.Optimizer, epochs: int, fixed_biases: bool = False
     ) -> None:
         super().__init__(optimizer)
-        self.epochs, self.warmup, self.fixed_biases = max(epochs, 1), warmup, fixed_biases
+        self.epochs, self.fixed_biases = max(epochs, 1), fixed_biases
         self.first = [group["lr"] for group in optimizer.param_groups]
 
     def advance(self, epoch: float) -> None:
         share = (1 + math.cos(math.pi * min(epoch / self.epochs, 1.0))) / 2
-        if epoch < self.warmup:
-            share *= epoch / self.warmup
         for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
             group["lr"] = first * (
                 1.0 if self.fixed_biases and group.get("kind") == "bias" else share
             )
+
+
+class WarmUp(LRSchedule):
+    """Multiplies all rates of `schedule` by a factor that rises from 0 to 1 over `epochs`.
+
+    The factor is linear in the steps. Biases rise too, also those that no schedule changes: a large
+    batch's rate is as dangerous to them. Losses of the warm-up are not shown to `schedule`: that
+    one of them stalls at a small rate is no reason for Plateau to lower it.
+    """
+
+    def __init__(self, schedule: LRSchedule, epochs: float) -> None:
+        super().__init__(schedule.optimizer)
+        self.schedule, self.epochs = schedule, epochs
+        self.at = 0.0  # the epoch of the last `advance`
+        self._full: list[float] | None = None  # the rates of `schedule`, while others are set
+
+    def advance(self, epoch: float) -> None:
+        self._put_back()
+        self.schedule.advance(epoch)
+        self.at, self.noise_off, self.frozen = epoch, self.schedule.noise_off, self.schedule.frozen
+        if epoch < self.epochs:
+            self._full = [group["lr"] for group in self.optimizer.param_groups]
+            for group in self.optimizer.param_groups:
+                group["lr"] *= epoch / self.epochs
+
+    def end_step(self) -> None:
+        self.schedule.end_step()
+
+    def end_epoch(self, validation_loss: float) -> None:
+        self._put_back()
+        if math.floor(self.at) + 1 > self.epochs:
+            self.schedule.end_epoch(validation_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of `schedule` alone: the factor is a function of the epoch."""
+        here, full = [group["lr"] for group in self.optimizer.param_groups], self._full
+        self._put_back()
+        state = self.schedule.state_dict()
+        self._set(here)
+        self._full = full
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._put_back()
+        self.schedule.load_state_dict(state)
+
+    def _put_back(self) -> None:
+        """Gives the optimizer the rates of `schedule`, which reads and changes them."""
+        if self._full is not None:
+            self._set(self._full)
+            self._full = None
+
+    def _set(self, rates: list[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def last_reached(steps: tuple[tuple[float, float], ...], at: float, before: float) -> float:
@@ -248,12 +295,17 @@ def as_schedule(
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> LRSchedule:
-    """The schedule that the recipe names."""
+    """The schedule that the recipe names, behind its warm-up, if it has one."""
+    schedule = _build_schedule(optimizer, recipe)
+    return WarmUp(schedule, recipe.warmup_epochs) if recipe.warmup_epochs else schedule
+
+
+def _build_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> LRSchedule:
     fixed = recipe.bias_lr is not None
     if recipe.schedule == "plateau":
         return Plateau(optimizer, recipe.lr_factor, recipe.lr_patience, recipe.lr_min, fixed)
     if recipe.schedule == "2012":
         return Schedule2012(optimizer, recipe.epochs, fixed, recipe.schedule_epochs)
     if recipe.schedule == "cosine":
-        return Cosine(optimizer, recipe.epochs, recipe.warmup_epochs, fixed)
+        return Cosine(optimizer, recipe.epochs, fixed)
     return LRSchedule(optimizer)

@@ -12,29 +12,24 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alexnet_mp.config.progress import progress
-from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.ops.precision import LossScale, autocast
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.parallel.meter import EVALUATION
+from alexnet_mp.training.batch_gradient import BatchGradient, BatchLoss, Criterion
 from alexnet_mp.training.best_weights import BestWeights
 from alexnet_mp.training.diagnostics import Diagnostics
 from alexnet_mp.training.epoch_batches import EpochBatches
-from alexnet_mp.training.input_checks import (
-    LabeledBatch,
-    check_first_batch,
-    check_labels,
-    check_loader,
-)
+from alexnet_mp.training.history import TrainingHistory
+from alexnet_mp.training.input_checks import check_first_batch, check_loader
 from alexnet_mp.training.interrupts import on_interrupt
 from alexnet_mp.training.metrics import (
     EPOCH_HEADER,
@@ -42,28 +37,20 @@ from alexnet_mp.training.metrics import (
     Scores,
     epoch_line,
     evaluate,
-    first_loss_of,
-    in_float32,
-    is_summed,
-    logits_of,
-    loss_of,
 )
 from alexnet_mp.training.schedule import EarlyStopping, LRSchedule, as_schedule
 from alexnet_mp.training.step_sync import (
     NonFiniteError,
     Outcome,
+    Step,
     StepSync,
     Stopped,
     until_stop_requested,
 )
-from alexnet_mp.training.wrapped_models import TrainingMode, notes_on, takes_dropout_keys, unwrap
-
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.figure import Figure
+from alexnet_mp.training.wrapped_models import TrainingMode, notes_on, unwrap
 
 
-class Trainer:
+class Trainer(TrainingHistory):
     """Trains `model`, watches the validation loss, keeps the best weights.
 
     The first five arguments are the tutorial's: a module that gives logits, a loss, an optimizer, a
@@ -81,8 +68,11 @@ class Trainer:
         and `first_row` of a batch, if it has these attributes, are its place in the global batch.
     schedule: one of ours, or any of torch.optim.lr_scheduler, which steps once an epoch (see
         TorchSchedule); None: the tutorial's plateau rule.
+    accumulate: parts in which the rows of a batch are computed, one after the other, for less
+        memory; more than one need a criterion that gives the sum.
     on_epoch: called with (record, improved) after each epoch, before its line is printed.
     on_save: called within an epoch, every `save_every` steps.
+    on_step: called with each step after its backward pass, before its update is taken.
     restore_best_weights: after `train` the model has the weights of the best epoch. The last ones
         are kept, and put back when `train` is called again: six calls for one epoch are one call
         for six.
@@ -99,7 +89,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        criterion: Callable[[Any, Tensor], Tensor],
+        criterion: Criterion,
         optimizer: torch.optim.Optimizer,
         device: torch.device | str,
         patience: int = 7,
@@ -109,9 +99,11 @@ class Trainer:
         context: ParallelContext | None = None,
         precision: str = "fp32",
         seed: int | None = None,
+        accumulate: int = 1,
         max_steps: int = 0,
         on_epoch: Callable[[dict[str, Any], bool], None] | None = None,
         on_save: Callable[[], None] | None = None,
+        on_step: Callable[[Step], None] | None = None,
         save_every: int = 0,
         restore_best_weights: bool = True,
         verbose: bool = True,
@@ -124,19 +116,18 @@ class Trainer:
             criterion.to(self.device) if isinstance(criterion, nn.Module) else criterion
         )
         self.context = context or ParallelContext(Environment(), self.device, (0,))
-        if self.context.data_ranks > 1 and not is_summed(criterion):
-            raise ValueError(
-                f"the criterion gives a mean over the batch; {self.context.data_ranks} data ranks "
-                'need its sum (reduction="sum"), as their parts of a batch may differ in size'
-            )
+        self.precision, self.loss_scale = precision, LossScale(precision)
+        self.seed = seed if seed is not None else getattr(self.network, "seed", 0)
+        self.gradient = BatchGradient(
+            self.network, self.context, self.loss_scale, precision, self.seed, accumulate
+        )
+        self.gradient.check(criterion)
         self.replica = self.context.wrap_ddp(self.model)
         self.early_stopping = early_stopping or (EarlyStopping(patience) if patience else None)
         self.schedule = as_schedule(schedule, optimizer)
-        self.precision, self.loss_scale = precision, LossScale(precision)
-        self._takes_keys = takes_dropout_keys(self.network)
-        self.seed = seed if seed is not None else getattr(self.network, "seed", 0)
         self.max_steps = max_steps
         self.on_epoch, self.on_save, self.save_every = on_epoch, on_save, save_every
+        self.on_step = on_step
         self.restore_best_weights = restore_best_weights
         self.verbose = verbose and self.context.is_rank0
 
@@ -155,7 +146,6 @@ class Trainer:
         self._training_mode = TrainingMode(self.model)
         self._checked: list[Any] = [None, None]  # the loaders whose first batch was looked at
         self._frozen: set[nn.Parameter] = set()  # by the schedule
-        self._loss_checked = False
         self._validation_seconds = 0.0
         self._sent_before = 0  # bytes, before the current step
         for note in notes_on(model, seed):
@@ -207,11 +197,10 @@ class Trainer:
             for batch in batches:
                 self.schedule.advance(self.epoch + batches.fraction(self.batch))
                 self._start_step(batch.rows)
-                with autocast(self.device, self.precision):
-                    output = self.replica(batch.images, *self._dropout_keys(batch))
-                loss, sums = self._loss(output, batch.labels)
-                torch.autograd.backward(self._share(loss, batch.rows) * self.loss_scale.scale)
-                self._send_flags(loss, sums)
+                found = self.gradient.compute(
+                    self.replica, self.criterion, batch, self.step, self.metrics
+                )
+                self._send_flags(found)
                 batches.prefetch()  # while the flags are on their way
                 self._update()
                 if not batches.at_end and not self._goes_on():
@@ -269,41 +258,17 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _dropout_keys(self, batch: LabeledBatch) -> tuple[Tensor, ...]:
-        """The dropout keys of a batch's rows, for our own network only."""
-        if not self._takes_keys:
-            return ()
-        end = batch.first_row + len(batch.images)
-        rows = torch.arange(batch.first_row, end, device=self.device)
-        return (dropout_keys(self.seed, self.step, rows),)
-
-    def _loss(self, output: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of this rank's rows, and what they add to the epoch's sums."""
-        output = in_float32(output)
-        logits = logits_of(output)  # (N, classes)
-        check_labels(labels, logits.shape[1], "training", self.criterion)
-        labels = labels.to(self.device, non_blocking=True)
-        loss = (loss_of if self._loss_checked else first_loss_of)(self.criterion, output, labels)
-        self._loss_checked = True
-        self.diagnostics.classes = logits.shape[1]
-        return loss, self.metrics.batch(self.criterion, loss, logits, labels)
-
-    def _share(self, loss: Tensor, rows: int) -> Tensor:
-        """This rank's share of the mean loss over the `rows` of the global batch.
-
-        A sum is divided by the whole batch: right for uneven tails too. DDP averages its ranks'
-        gradients, so that is undone.
-        """
-        return loss / rows * self.context.data_ranks if is_summed(self.criterion) else loss
-
-    def _send_flags(self, loss: Tensor, sums: Tensor) -> None:
+    def _send_flags(self, found: BatchLoss) -> None:
         """Tells the other ranks of this step, without waiting for their answer."""
         sent = self.context.meter.total_bytes() - self._sent_before
         self.largest_step_bytes = max(self.largest_step_bytes, sent)
         step = self.step_sync.start(
-            self.step + 1, self.epoch + 1, self.lr, loss, sums, self.stop_requested
+            self.step + 1, self.epoch + 1, self.lr, found.loss, found.sums, self.stop_requested
         )
+        self.diagnostics.classes = found.classes
         self.diagnostics.record(step.names, step.norms)
+        if self.on_step is not None:
+            self.on_step(step)
 
     def _update(self) -> None:
         """The optimizer's step, unless something is not finite on some rank."""
@@ -341,21 +306,9 @@ class Trainer:
     def _end_epoch(self, scores: Scores) -> None:
         """Validation is done: record, decide, save, print."""
         metrics, self.metrics = self.metrics, EpochMetrics(self.device)
-        sums = self.context.all_reduce_replicas(metrics.sums.cpu().double())
-        loss, weight, images, correct = sums.tolist()
-        record = {
-            "epoch": self.epoch + 1,
-            "step": self.step,
-            "lr": self.lr,
-            "train_loss": loss / weight,
-            "train_top1": correct / images,
-            "val_loss": scores.loss,
-            "val_top1": scores.top1,
-            "val_top5": scores.top5,
-            "grad_norm": metrics.gradient_norm / metrics.steps,
-            "images_per_second": images / metrics.seconds,
-            "seconds": round(metrics.seconds + self._validation_seconds, 3),
-        }
+        record = {"epoch": self.epoch + 1, "step": self.step, "lr": self.lr} | metrics.record(
+            scores, self._validation_seconds, self.context.all_reduce_replicas
+        )
         self.history.append(record)
         self.epoch, self.batch = self.epoch + 1, 0
         self.schedule.end_epoch(scores.loss)
@@ -443,7 +396,7 @@ class Trainer:
             with contextlib.suppress(OSError):
                 print(text, flush=True)
 
-    # --- scores and curves
+    # --- scores
 
     def scores(self, loader: Any, name: str = "evaluation") -> Scores:
         """Loss, top-1 and top-5 over `loader`, of the weights that the model has now.
@@ -477,37 +430,6 @@ class Trainer:
         A fraction of 1.
         """
         return self.scores(test_loader).top1
-
-    @property
-    def train_losses(self) -> list[float]:
-        """The mean training loss of each epoch."""
-        return [record["train_loss"] for record in self.history]
-
-    @property
-    def val_losses(self) -> list[float]:
-        """The mean validation loss of each epoch."""
-        return [record["val_loss"] for record in self.history]
-
-    @property
-    def gradient_norms(self) -> list[float]:
-        """The mean norm of the gradient over each epoch's steps."""
-        return [record["grad_norm"] for record in self.history]
-
-    def plot_losses(self, window_size: int = 1, path: str | Path | None = None) -> Figure:
-        """Training and validation loss over epochs, smoothed over `window_size` of them.
-
-        Returns a matplotlib figure, which is saved to `path` if given.
-        """
-        from alexnet_mp.plotting.curves import plot_losses  # matplotlib takes a second to import
-
-        return plot_losses(self.train_losses, self.val_losses, window_size, path)
-
-    @staticmethod
-    def moving_average(data: list[float], window_size: int) -> np.ndarray:
-        """Means over `window_size` neighbors; a window longer than the data takes what there is."""
-        from alexnet_mp.plotting.curves import moving_average
-
-        return moving_average(data, window_size)
 
     # --- state
 

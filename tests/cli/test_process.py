@@ -99,7 +99,9 @@ def test_one_process_commands_are_refused_under_torchrun(monkeypatch) -> None:
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"pack is one process.*with python, not with torchrun, srun or mpirun"):
+    with pytest.raises(
+        ValueError, match=r"pack is one process.*with python, not with torchrun, srun or mpirun"
+    ):
         refuse_several_ranks("pack")
     monkeypatch.setenv("WORLD_SIZE", "1")
     refuse_several_ranks("pack")

@@ -56,6 +56,7 @@ TABLE = {
     "batch_size": (128, 128, 64),
     "optimizer": ("2012", "2012", "torch"),
     "lr": (0.01, 0.01, 0.01),
+    "lr_scale": ("none", "none", "none"),
     "bias_lr": (None, 0.02, None),  # O 4: epsB, not scheduled
     "momentum": (0.9, 0.9, 0.9),
     "weight_decay": (0.0005, 0.0005, 0.0),

@@ -13,11 +13,13 @@ from image_sets import levels, make_folder, random_store
 from ranks import process_group, run
 
 from alexnet_mp.config import DataConfig
+from alexnet_mp.config.seeds import combine
 from alexnet_mp.data import (
     Store,
     datasets,
     downloads,
     folder_cache,
+    image_folder,
     load,
     load_split,
     store_format,
@@ -269,30 +271,32 @@ def test_the_real_fashion_mnist_is_found_without_a_download(tmp_path: Path) -> N
     assert splits.test.labels[:5].tolist() == [9, 2, 1, 1, 6]
 
 
-def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int]:
-    """Loads as `ParallelContext.run_once_per_host` would; counts the packings of this rank."""
-    packed = []
-    pack = folder_cache.pack_split
+def load_on_a_rank(rank: int, root: str) -> tuple[list[int], int, int]:
+    """Loads as `ParallelContext.run_once_per_host` would; counts the packings and the listings of
+    this rank."""
+    packed, listed = [], []
+    pack, list_split = folder_cache.pack_split, image_folder.list_split
     folder_cache.pack_split = lambda *args, **options: (
         packed.append(1),
         pack(*args, **options),
     )[1]
+    image_folder.list_split = lambda *args: (listed.append(1), list_split(*args))[1]
     with process_group():
 
-        def run_once_per_host(work) -> None:
-            if rank == 0:
-                work()
-            dist.barrier()
+        def run_once_per_host(work, usable=None) -> object:
+            result = [work() if rank == 0 else None]
+            dist.broadcast_object_list(result)
+            return result[0] if rank == 0 or (usable and usable(result[0])) else work()
 
         splits = load(DataConfig(data="folder", data_dir=root), 5, run_once_per_host)
-    return levels(splits.val), len(packed)
+    return levels(splits.val), len(packed), len(listed)
 
 
-def test_one_rank_packs_and_all_see_the_same_splits(tmp_path: Path) -> None:
+def test_one_rank_lists_and_packs_and_all_see_the_same_splits(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "set", count=30)
-    (first, packed), (second, none) = run(load_on_a_rank, 2, str(root))
+    (first, *work), (second, *none) = run(load_on_a_rank, 2, str(root))
     assert first == second and len(first) == 6
-    assert (packed, none) == (2, 0)
+    assert (work, none) == ([2, 2], [0, 0])
 
 
 class TrainAndTest:
@@ -314,6 +318,19 @@ class TrainAndTest:
 @pytest.fixture
 def train_and_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(datasets.SOURCES, "shapes", TrainAndTest)
+
+
+def test_what_is_held_out_is_drawn_class_by_class_in_stored_order() -> None:
+    """Written out with a pass over all labels for each class, which is slow for a thousand."""
+    labels = np.random.default_rng(1).integers(0, 7, 200)
+    labels[labels == 4] = 3  # a class without images
+    store = Store([np.zeros((200, 3, 2, 2), np.uint8)], labels, "abcdefg")
+    rng, expected = np.random.default_rng(combine(9, "validation")), []
+    for label in range(7):
+        mine = np.flatnonzero(labels == label)
+        expected += rng.permutation(mine)[: round(0.2 * len(mine))].tolist()
+    rest, held = datasets.hold_out(store, 0.2, 9)
+    assert held.numbers().tolist() == sorted(expected) and len(rest) == 200 - len(expected)
 
 
 @pytest.mark.parametrize("seed, share", [(5, 0.25), (6, 0.1)])

@@ -15,7 +15,7 @@ from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer, epoch_order
 from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.epoch_order import BLOCK_SIZE, SHUFFLE_WINDOW, ReadAhead, block_order
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.image_sets import list_source
 
 
 @given(st.integers(0, 3 * BLOCK_SIZE * SHUFFLE_WINDOW))

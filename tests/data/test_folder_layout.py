@@ -9,7 +9,7 @@ from image_sets import levels, load_folder, make_folder, write_image
 
 from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Splits, load, load_split
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.image_sets import list_source
 
 TINY_100 = Path(__file__).resolve().parents[3] / "shared/data/tiny-imagenet-100.tar.gz"
 pytestmark = pytest.mark.usefixtures("cache")
@@ -256,12 +256,12 @@ def test_tiny_imagenet_packs_and_trains_as_it_is_unpacked(tmp_path: Path, capsys
     out = capsys.readouterr().out
     assert sizes(splits) == [6, 2, 6]
     assert splits.train.classes == ("goldfish", "crane")  # in the order of n01443537, n02012849
-    assert splits.test.labels.tolist() == [0, 1, 0, 1, 0, 1]
-    assert levels(splits.test) == pytest.approx([90, 100, 110, 120, 130, 140], abs=1)
+    assert splits.test.labels.tolist() == [0, 0, 0, 1, 1, 1]  # as if each class had its folder
+    assert levels(splits.test) == pytest.approx([90, 110, 130, 100, 120, 140], abs=1)
     assert f"{root}/test: left out, its 5 images have no labels\n" in out and "note" not in out
     listings = list_source(root)
     assert {split: len(listing) for split, listing in listings.items()} == {"train": 8, "val": 6}
-    assert listings["val"].name(0) == "images/val_0.JPEG"
+    assert listings["val"].name(0) == "n01443537/val_0.JPEG"
 
 
 def test_tiny_imagenets_val_alone_can_be_measured_on(tmp_path: Path) -> None:
@@ -378,13 +378,6 @@ def test_a_mistyped_data_dir_names_the_folder_meant(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "my pets")
     for typed in (f"'{root}'", str(root).replace(" ", "\\ "), str(root).replace("pets", "pet")):
         assert f"no such folder (did you mean {root}?)" in message(typed)
-
-
-def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pets.zip").write_bytes(b"PK")
-    assert "pets.zip: a file, and a folder is expected; unpack an archive" in message(
-        tmp_path / "pets.zip"
-    )
 
 
 def test_links_to_the_set_and_to_its_splits_are_followed(tmp_path: Path) -> None:

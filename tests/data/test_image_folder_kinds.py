@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from image_sets import load_folder, make_folder, write_image
 
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.directory import is_image
+from alexnet_mp.data.image_sets import list_source
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -41,6 +42,14 @@ def test_links_to_images_and_folders_are_followed(tmp_path: Path) -> None:
     listing = list_source(root)["train"]
     assert listing.classes == ("cat", "dog", "eel")
     assert np.bincount(listing.labels).tolist() == [10, 11, 1]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("a.JPEG", True), ("a.b.png", True), ("jpg", False), ("jpg.txt", False), ("a.", False)],
+)
+def test_an_images_name_ends_in_a_dot_and_an_extension(name: str, expected: bool) -> None:
+    assert is_image(name) is expected
 
 
 def test_names_that_are_no_images_are_counted_by_extension(
@@ -83,7 +92,7 @@ def test_a_name_that_is_not_utf8_is_shown_escaped_and_packed(tmp_path: Path) -> 
         os.mkdir(folder)
         write_image(Path(os.fsdecode(folder)) / os.fsdecode(b"\xff.png"))
     store = load_folder(root).test
-    assert store.classes == ("caf\\xe9", "cat", "dog") and store.paths[0] == "caf\\xe9/\\xff.png"
+    assert store.classes == ("caf\\xe9", "cat", "dog") and store.paths[0] == "caf\\xe9/\\xff"
     "".join(store.classes).encode()
 
 

@@ -14,7 +14,7 @@ from alexnet_mp.config import DataConfig
 from alexnet_mp.data import Augment, Loader, Store, dataset_packer, decode
 from alexnet_mp.data.decode import read_image, try_read
 from alexnet_mp.data.decode_pool import Packing
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.image_sets import list_source
 from alexnet_mp.inference.load_network import read_square
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -13,7 +13,7 @@ from image_sets import make_folder, mixed_store, random_store
 
 from alexnet_mp.config import Config, DataConfig
 from alexnet_mp.data import Augment, Loader, Splits, Store, build_loaders
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.image_sets import list_source
 from alexnet_mp.data.loader import PREFETCH
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -26,17 +26,19 @@ def loader(
     size: int = 9,
     data_rank: int = 0,
     data_ranks: int = 1,
+    device: str = "cpu",
 ) -> Loader:
     store = store or random_store(50)
     config = DataConfig(stored_side=12, crop_of=size, color_noise=0.1)
     return Loader(
         store,
-        Augment(config, size, store.statistics(12)),
+        Augment(config, size, store.statistics(12), device),
         batch_size,
         7,
         train,
         data_rank,
         data_ranks,
+        device,
     )
 
 
@@ -229,6 +231,12 @@ def test_each_split_has_its_loader_with_the_settings_of_the_run() -> None:
         assert (loader.data_rank, loader.data_ranks) == (1, 2)
 
 
+def test_images_that_are_not_trained_on_come_in_batches_of_a_parts_size() -> None:
+    config = Config().with_fields(image_size=67, batch_size=10, accumulate=4)
+    loaders = build_loaders(config, splits_of())[:3]
+    assert [loader.batch_size for loader in loaders] == [10, 3, 3]
+
+
 def test_statistics_come_from_the_training_split_only() -> None:
     splits = splits_of()
     augment = build_loaders(Config().with_fields(image_size=67), splits)[3]
@@ -320,8 +328,7 @@ def test_a_jpeg_store_gives_the_batches_of_its_decoded_images(tmp_path: Path) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_batches_travel_beside_the_step_and_are_those_of_the_cpu() -> None:
     expected = [batch.images for batch in loader(batch_size=4)]
-    on_gpu = loader(batch_size=4)
-    on_gpu.device = torch.device("cuda", 0)
+    on_gpu = loader(batch_size=4, device="cuda:0")
     busy = torch.randn(4096, 4096, device="cuda")
     for batch, wanted in zip(on_gpu, expected, strict=True):
         for _ in range(20):

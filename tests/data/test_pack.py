@@ -31,7 +31,7 @@ from alexnet_mp.data import (
     store_writer,
 )
 from alexnet_mp.data.decode_pool import Packing
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.image_sets import list_source
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("ALEXNET_MP_KILLS", "5"))
@@ -83,7 +83,7 @@ def test_a_packed_folder_has_the_pixels_labels_and_paths_of_its_files(
     for number, path in enumerate(train.paths):
         pixels, expected = (
             train.image(number).astype(int),
-            decode.read_image(source / "train" / path),
+            decode.read_image(source / "train" / f"{path}.png"),
         )
         assert train.classes[train.labels[number]] == Path(path).parent.name
         assert (
@@ -283,7 +283,7 @@ def test_a_file_that_changed_meanwhile_is_packed_as_it_is_now(
     for split in ("train", "test"):
         store = Store.open(tmp_path / "store" / split, verify=True)
         assert np.array_equal(
-            store.image(store.paths.index("a/000.png")),
+            store.image(store.paths.index("a/000")),
             decode.read_image(source / split / "a" / "000.png"),
         )
 

@@ -6,8 +6,8 @@ import pytest
 from image_sets import write_image
 
 from alexnet_mp.data import pack_size
-from alexnet_mp.data.folder_layout import list_source
 from alexnet_mp.data.image_folder import Listing, list_split
+from alexnet_mp.data.image_sets import list_source
 from alexnet_mp.data.pack_size import estimated_bytes, size_text
 
 

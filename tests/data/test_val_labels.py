@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from image_sets import make_folder, write_image
 
-from alexnet_mp.data.folder_layout import list_source
+from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.image_sets import list_source
 
 CLASSES = ("n01440764", "n01443537", "n02007558")
 VAL = [f"ILSVRC2012_val_0000000{k}" for k in range(1, 7)]
@@ -28,10 +29,17 @@ def labels(source: Path, text: str, synsets: str = "", name: str = "labels.txt")
     if synsets:
         (source.parent / "synsets.txt").write_text(synsets)
     listing = list_source(source, file, source.parent / "synsets.txt" if synsets else None)["val"]
-    assert [
-        Path(listing.name(k)).stem for k in range(len(listing))
-    ] == VAL and listing.classes == CLASSES
-    return listing.labels.tolist()
+    assert listing.classes == CLASSES
+    assert all(
+        listing.name(k).split("/")[0] == CLASSES[listing.labels[k]] for k in range(len(listing))
+    )
+    return in_order_of_names(listing)
+
+
+def in_order_of_names(listing: Listing) -> list[int]:
+    found = {Path(listing.name(k)).stem: int(listing.labels[k]) for k in range(len(listing))}
+    assert sorted(found) == VAL
+    return [found[name] for name in VAL]
 
 
 def test_a_class_a_line_is_in_the_order_of_the_files_names(source: Path) -> None:
@@ -88,7 +96,8 @@ def test_numbers_that_are_the_names_of_the_classes_are_just_names(tmp_path: Path
     for name in VAL:
         write_image(tmp_path / "set" / "val" / f"{name}.JPEG")
     (tmp_path / "labels.txt").write_text("2\n1\n10\n10\n2\n1\n")
-    assert list_source(tmp_path / "set", tmp_path / "labels.txt")["val"].labels.tolist() == TRUE
+    listing = list_source(tmp_path / "set", tmp_path / "labels.txt")["val"]
+    assert in_order_of_names(listing) == TRUE
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_an_image_of_any_mode_and_shape_is_read_as_its_center_square(
             "checksums",
             "encode",
             "files",
-            "digests",
+            "sizes",
             "skipped",
         ]
     ),

@@ -86,13 +86,35 @@ def test_the_summary_is_a_table_for_people() -> None:
     lines = summary(ModelConfig()).splitlines()
     assert (
         lines[0].split()
-        == "layer column kernels output parameters multiply-adds reads sends".split()
+        == "layer column kernels output parameters multiply-adds reads sends bytes".split()
     )
     assert lines[6].split() == (
-        "conv3 0 192, 3x3 192 x 13 x 13 442,560 74,760,192 all columns 21,632".split()
+        "conv3 0 192, 3x3 192 x 13 x 13 442,560 74,760,192 all columns 21,632 86,528".split()
     )
-    assert lines[-1].split() == ["total", "60,965,224", "724,406,816", "58,576"]
+    assert lines[-1].split() == [
+        "total",
+        "60,965,224",
+        "724,406,816",
+        "58,576",
+        "234,304",
+    ]
     assert len({len(line) for line in lines}) == 1  # numbers end below each other
+
+
+@pytest.mark.parametrize(
+    ("precision", "exchange", "conv3", "fc8"),
+    [
+        ("fp32", "same", 86_528, 4_000),
+        ("bf16", "same", 43_264, 2_000),
+        ("fp32", "bf16", 43_264, 4_000),  # the logits are sent as they are
+    ],
+)
+def test_the_bytes_are_those_of_the_precisions(
+    precision: str, exchange: str, conv3: int, fc8: int
+) -> None:
+    rows = {row["layer"]: row for row in layer_table(ModelConfig(), precision, exchange)}
+    assert (rows["conv3"]["bytes"], rows["fc8"]["bytes"]) == (conv3, fc8)
+    assert f"{conv3:,}" in summary(ModelConfig(), precision, exchange)
 
 
 def test_the_four_layer_net_has_a_table_too() -> None:

@@ -1,4 +1,4 @@
-"""conv1 over blocks of 4x4 pixels, as a CPU trains it in bfloat16, against conv1 as written."""
+"""conv1 over blocks of 4x4 pixels, as reduced precision computes it, against conv1 as written."""
 
 import pytest
 import torch
@@ -31,14 +31,15 @@ def plain(layer: Conv1, images: Tensor, padding: tuple[int, int, int, int]) -> T
     "padding", [(0, 0, 0, 0), (0, 3, 0, 3), (2, 2, 2, 2), (1, 0, 3, 5)], ids=str
 )
 @pytest.mark.parametrize("size", [(11, 11), (32, 33), (34, 35), (36, 37), (67, 63)], ids=str)
-def test_conv1_over_blocks_is_conv1(size, padding, memory_format) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conv1_over_blocks_is_conv1(dtype, size, padding, memory_format) -> None:
     layer = conv1()
-    images = torch.randn(3, 3, *size).bfloat16().contiguous(memory_format=memory_format)
+    images = torch.randn(3, 3, *size).to(dtype).contiguous(memory_format=memory_format)
     expected = plain(layer.double(), images.double(), padding)
     gradient = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad(expected, (layer.weight, layer.bias), gradient)
     y = layer.float()(
-        space_to_depth(images, padding).float()
+        space_to_depth(images, padding, dtype).float()
     )  # float32: nothing is hidden by rounding
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad(y, (layer.weight, layer.bias), gradient.float())
@@ -94,6 +95,19 @@ def test_the_columns_read_one_and_the_same_tensor() -> None:
 def test_a_gpu_reads_images_in_the_format_of_the_weights(device, weights, expected) -> None:
     weight = Conv1(6).weight.contiguous(memory_format=weights)
     assert input_format(device, torch.randn(2, 3, 64, 64), weight) == expected
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("learns", [True, False], ids=["training", "testing"])
+def test_on_a_gpu_reduced_precision_reads_blocks_and_computes_the_same(dtype, learns) -> None:
+    layer, images = conv1().cuda(), torch.randn(2, 3, 64, 64, device="cuda")
+    with torch.autocast("cuda", dtype), torch.set_grad_enabled(learns):
+        x = conv1_input(images, (0, 3, 0, 3), layer.weight)
+        found, expected = layer(x), plain(layer, images, (0, 3, 0, 3))
+    assert x.shape[1] == 48 and found.dtype == dtype
+    torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 @pytest.mark.cuda

@@ -1,4 +1,5 @@
-"""The Triton kernels with Triton's interpreter on the CPU, against torch's operations."""
+"""The Triton kernels against torch's operations: on a GPU, or with Triton's interpreter on the
+CPU."""
 
 import pytest
 import torch
@@ -6,12 +7,19 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from alexnet_mp.ops import cuda_kernels
 from alexnet_mp.ops import triton_kernels as kernels
+from alexnet_mp.ops.dropout import Dropout, dropout_keys, dropout_mask
 from alexnet_mp.ops.response_norm import sum_over_pixels
 
-pytestmark = pytest.mark.skipif(
-    not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 is not set: this machine has a GPU"
-)
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        not (kernels.INTERPRETED or torch.cuda.is_available()),
+        reason="needs a CUDA device or TRITON_INTERPRET=1",
+    ),
+]
+DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 K, ALPHA = 2.0, 0.3
 # fp32: 1e-6 of the largest value. fp16: one rounding of the result. bf16: the interpreter cuts bits
 # off instead of rounding.
@@ -22,7 +30,7 @@ SHAPES = [(2, 5, 15, 13), (1, 48, 7, 7), (3, 1, 3, 3), (1, 130, 5, 4)]
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+    return values.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
 
 
 def reference(z: torch.Tensor, relu: bool, stride: int) -> torch.Tensor:
@@ -73,7 +81,7 @@ def test_the_map_norm_equals_the_formula_forward_and_backward(shape, dtype) -> N
 
 
 def test_the_first_of_equal_values_takes_the_gradient() -> None:
-    z = torch.ones(1, 5, 3, 3).contiguous(memory_format=torch.channels_last)
+    z = torch.ones(1, 5, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
     _, places = kernels.forward(z, K, ALPHA, True, 2)
     assert places is not None and places.eq(0).all()
 
@@ -106,15 +114,15 @@ def test_the_crop_equals_slices_of_each_image(mean: str, color: bool, dtype) -> 
     center = mean_image[:, 2 : 2 + size, 2 : 2 + size].contiguous()
     noise = torch.randn(images, 3, generator=generator) * 9 if color else None
     given = {"aligned": mean_image, "center": center, "none": None}[mean]
+    on_device = [None if t is None else t.to(DEVICE) for t in (pixels, places, given, noise)]
     found = kernels.crop(
-        pixels,
-        places,
+        *on_device[:2],
         size,
         dtype,
-        given,
+        on_device[2],
         mean == "aligned",
         127.5 * (mean == "none"),
-        noise,
+        on_device[3],
         1.1,
         127.5,
     )
@@ -129,4 +137,27 @@ def test_the_crop_equals_slices_of_each_image(mean: str, color: bool, dtype) -> 
     result = torch.stack(wanted)
     if noise is not None:
         result = (result + noise.double()[:, :, None, None]) / 1.1
-    assert_close(found, result / 127.5, dtype)
+    assert_close(found, (result / 127.5).to(DEVICE), dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind, keep", [("2012", 1.0), ("inverted", 0.7)])
+@pytest.mark.parametrize("images, units", [(3, 50), (1, 1), (2, 1500), (0, 4)])
+def test_dropout_by_the_kernel_drops_what_the_mask_drops(
+    images, units, kind, keep, dtype, monkeypatch
+) -> None:
+    monkeypatch.setattr(cuda_kernels, "usable", lambda device: True)
+    calls: list[str] = []
+    drop = kernels.drop
+    monkeypatch.setattr(kernels, "drop", lambda *args: calls.append("drop") or drop(*args))
+    keys = dropout_keys(7, 5, torch.arange(images, device=DEVICE))
+    x = torch.randn(images, units, device=DEVICE).to(dtype).requires_grad_()
+    y = Dropout(0.3, "fc6", 1, kind)(x, keys)
+    gradient = torch.randn(images, units, device=DEVICE).to(dtype)
+    kept = ~dropout_mask(keys, "fc6", 1, units, 0.3)
+    # One division, as exact as TOLERANCE says; without it and for dropped units: no bit differs.
+    tolerance = {"rtol": TOLERANCE[dtype] if kind == "inverted" else 0.0, "atol": 0.0}
+    torch.testing.assert_close(y, x.detach() * kept.to(dtype) / keep, **tolerance)
+    found = torch.autograd.grad(y, x, gradient)[0]
+    torch.testing.assert_close(found, gradient * kept.to(dtype) / keep, **tolerance)
+    assert calls == ["drop", "drop"]

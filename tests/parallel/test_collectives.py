@@ -13,6 +13,8 @@ import torch.distributed as dist
 from ranks import run
 
 from alexnet_mp.config import Config, RunConfig
+from alexnet_mp.ops.cpu_cores import affinity
+from alexnet_mp.parallel import devices
 from alexnet_mp.parallel.context import ParallelContext, init_parallel
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.parallel.rendezvous import meet
@@ -185,6 +187,40 @@ def test_work_is_done_by_one_rank_of_each_host_before_the_others(tmp_path: Path)
 def test_a_failure_on_one_host_is_raised_on_all_ranks(tmp_path: Path) -> None:
     assert run(once_per_host, 4, tmp_path, 2) == ["no room on this host"] * 4
     assert not {"1 begins", "3 begins"} & set((tmp_path / "notes").read_text().splitlines())
+
+
+def result_of_a_host(rank: int) -> str:
+    """Ranks 0 and 2 are the first of their hosts; rank 3 does not see what rank 2 made."""
+    return connected(
+        lambda context: context.run_once_per_host(
+            lambda: f"made by {rank}", lambda result: (rank, result) != (3, "made by 2")
+        )
+    )
+
+
+def test_ranks_take_the_result_of_their_hosts_first_rank_where_they_can_use_it() -> None:
+    assert run(result_of_a_host, 4) == ["made by 0", "made by 0", "made by 2", "made by 3"]
+
+
+def cores_of_work(rank: int) -> tuple[int, int]:
+    """On how many cores a rank that keeps to one may work for all, and afterwards."""
+
+    def work(context: ParallelContext) -> tuple[int, int]:
+        cores, seen = devices._pinned[0] if devices._pinned else affinity(), list[int]()
+        devices._pinned = (cores, cores[:1])
+        os.sched_setaffinity(0, cores[:1])
+        context.run_once_per_host(lambda: seen.append(len(affinity())))
+        return seen[0], len(affinity())
+
+    return connected(work, hosts=1)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(affinity()) < 2, reason="needs two cores"
+)
+def test_the_rank_that_works_for_its_host_has_all_cores_meanwhile() -> None:
+    monopoly, other = run(cores_of_work, 2)
+    assert monopoly == (len(affinity()), 1) and other == (1, 1)
 
 
 def test_one_rank_alone_does_its_work_and_gets_its_own_error(monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """A rank's device and threads: chosen before any work, or refused in one line."""
 
+import contextlib
 import os
 import warnings
 
@@ -8,7 +9,13 @@ import torch
 
 from alexnet_mp.ops import cpu_cores
 from alexnet_mp.parallel import devices
-from alexnet_mp.parallel.devices import choose_device, is_mig_slice, set_threads, tf32
+from alexnet_mp.parallel.devices import (
+    all_cores,
+    choose_device,
+    is_mig_slice,
+    set_threads,
+    tf32,
+)
 from alexnet_mp.parallel.launcher import Environment
 
 CPU = torch.device("cpu")
@@ -159,6 +166,24 @@ def test_setting_threads_again_in_one_process_finds_the_same_cores(monkeypatch) 
     assert [set_threads(0, rank(1), CPU) for _ in range(3)] == [4, 4, 4]
     assert machine.affinity == {14, 15, 16, 17}
     assert set_threads(0, Environment(), CPU) == 8 and len(machine.affinity) == 8
+
+
+def test_work_that_one_rank_does_for_all_may_use_all_cores(monkeypatch) -> None:
+    machine = Machine(monkeypatch, 8)
+    set_threads(0, rank(1, 4), CPU)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine.threads)
+    with contextlib.suppress(OSError), all_cores():
+        assert machine.affinity == {10, 11, 12, 13, 14, 15, 16, 17}
+        assert machine.threads == 1  # torch's threads would stay where they are started
+        raise OSError("the disk is full")
+    assert machine.affinity == {12, 13} and machine.threads == 2
+
+
+def test_a_rank_that_is_not_pinned_stays_as_it_is(monkeypatch) -> None:
+    machine = Machine(monkeypatch, 64, quota=2.0)
+    set_threads(0, rank(1), CPU)
+    with all_cores():
+        assert len(machine.affinity) == 64 and machine.threads == 1
 
 
 def test_one_rank_takes_all_cores_and_is_not_pinned(monkeypatch) -> None:

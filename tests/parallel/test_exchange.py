@@ -1,5 +1,7 @@
 """The exchange between ranks: its values, its gradients, its bytes, and its order."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -432,3 +434,24 @@ def logits_of(rank: int, columns: int) -> Tensor:
 def test_all_ranks_have_the_same_logits_bit_for_bit(columns: int, ranks: int) -> None:
     first, *others = run(logits_of, ranks, columns)
     assert all(torch.equal(first, other) for other in others)
+
+
+# --- when a message arrives
+
+
+def late_reader(rank: int) -> tuple[float, float, float]:
+    """Both ranks send at once and compute for long; when was what: sent, arrived, asked for?"""
+    with process_group():
+        link = GroupLink(dist.group.WORLD)
+        dist.barrier()
+        link.meter.exchanges = []
+        arrive = link.start_exchange("fc6", [torch.zeros(4, 3)])
+        time.sleep(0.5)
+        arrive()
+        (found,) = link.meter.exchanges
+        return found.sent, found.arrived, found.asked
+
+
+def test_a_message_that_comes_while_a_rank_computes_is_known_to_have_come_then() -> None:
+    for sent, arrived, asked in run(late_reader, 2):
+        assert sent < arrived < asked - 0.1

@@ -16,13 +16,11 @@ import torch.distributed as dist
 from ranks import process_group, run
 from torch import Tensor, nn
 
-from alexnet_mp.config import LAYERS, Config, ModelConfig, RecipeConfig, RunConfig
+from alexnet_mp.config import LAYERS, ModelConfig, RecipeConfig
 from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.ops.dropout import dropout_keys
-from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.parallel.exchange import GroupLink
 from alexnet_mp.training.sgd2012 import build_optimizer
-from alexnet_mp.training.trainer import Trainer
 
 pytestmark = pytest.mark.ranks
 
@@ -44,21 +42,14 @@ def small(**changes) -> ModelConfig:
 
 @dataclass
 class Batch:
-    """A part of the global batch: `rows` is the size of the whole, `first_row` where it begins."""
+    """A global batch of `rows`."""
 
     images: Tensor
     labels: Tensor
     rows: int = 0
-    first_row: int = 0
 
     def __getitem__(self, index: int) -> Tensor:
         return (self.images, self.labels)[index]
-
-    def part(self, rank: int, ranks: int) -> "Batch":
-        """The rank's share; the first ranks have a row more, or the only ones."""
-        parts = torch.arange(len(self.labels)).tensor_split(ranks)
-        first = sum(map(len, parts[:rank]))
-        return Batch(self.images[parts[rank]], self.labels[parts[rank]], len(self.labels), first)
 
 
 def batches(sizes: list[int], dtype: torch.dtype, image_size: int = 67) -> list[Batch]:
@@ -397,69 +388,3 @@ def test_in_float32_the_network_is_the_reference_within_rounding() -> None:
     )
     np.testing.assert_allclose(ours.logits[0], logits, rtol=1e-5, atol=1e-5 * np.abs(logits).max())
     assert_close(arrays(ours.gradients, 2), gradients, 1e-5)
-
-
-# --- two axes: copies of the network, each in columns
-
-
-def trained(
-    rank: int, sizes: list[int], column_ranks: int = 0
-) -> tuple[dict[str, Tensor], float, int, list[float]]:
-    """Weights, training loss, data ranks and gradient norms of the Trainer on this rank."""
-    config = Config(
-        model=small(),
-        recipe=RecipeConfig(lr=0.05),
-        run=RunConfig(device="cpu", column_ranks=column_ranks),
-    )
-    context = init_parallel(config)
-    try:
-        model = context.build_model(config.model, seed=0).double()
-        trainer = Trainer(
-            model,
-            nn.CrossEntropyLoss(reduction="sum"),
-            build_optimizer(model, config.recipe),
-            "cpu",
-            patience=0,
-            context=context,
-            restore_best_weights=False,
-            verbose=False,
-        )
-        data = [
-            batch.part(context.data_rank, context.data_ranks)
-            for batch in batches(sizes, torch.float64)
-        ]
-        history = trainer.train(data, [(batch.images, batch.labels) for batch in data], 2)
-        return (
-            dict(model.state_dict()),
-            history[-1]["train_loss"],
-            context.data_ranks,
-            trainer.gradient_norms,
-        )
-    finally:
-        context.close()
-
-
-@pytest.mark.parametrize(
-    "ranks, column_ranks, data_ranks", [(4, 2, 2), (4, 1, 4), (2, 1, 2), (2, 2, 1)]
-)
-@pytest.mark.parametrize(
-    "sizes", [[6, 6, 5], [4, 4, 1]], ids=["uneven tail", "a rank without rows"]
-)
-def test_copies_learn_what_one_device_learns_from_the_whole_batch(
-    sizes, ranks, column_ranks, data_ranks, monkeypatch
-) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    whole, loss, _, norms = trained(0, sizes)
-    outcomes = run(trained, ranks, sizes, column_ranks)
-    assert {copies for _, _, copies, _ in outcomes} == {data_ranks}
-    for weights, rank_loss, _, rank_norms in outcomes:
-        # the rows' gradients are added in another order: rounding, grown over six steps
-        assert all(
-            torch.allclose(value, whole[name], rtol=1e-10, atol=1e-12)
-            for name, value in weights.items()
-        )
-        assert rank_loss == pytest.approx(loss, rel=1e-12) and rank_norms == pytest.approx(
-            norms, rel=1e-10
-        )
-    assert {name for weights, *_ in outcomes for name in weights} == set(whole)

@@ -64,7 +64,9 @@ def test_a_copy_stays_on_one_host(columns: int, hosts: str, share: int) -> None:
     assert spanning_copy(hosts, share) == ()
 
 
-@pytest.mark.parametrize(("columns", "hosts", "share"), [(2, "ab", 2), (2, "abcd", 2), (4, "ab", 2)])
+@pytest.mark.parametrize(
+    ("columns", "hosts", "share"), [(2, "ab", 2), (2, "abcd", 2), (4, "ab", 2)]
+)
 def test_hosts_of_one_rank_each_share_a_copy(columns: int, hosts: str, share: int) -> None:
     assert choose_column_ranks(columns, len(hosts), hosts=hosts) == share
     assert spanning_copy(hosts, share) == (0, 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alexnet_mp.config import Config, ModelConfig, RunConfig
 from alexnet_mp.model.alexnet import AlexNet
+from alexnet_mp.model.layer_table import layer_table
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.parallel.exchange import GroupLink, Transfer
@@ -63,11 +64,11 @@ def test_maps_arrive_in_the_format_of_what_was_sent(
 
 
 def step(
-    rank: int, wire: torch.dtype | None, precision: str = "fp32"
+    rank: int, wire: torch.dtype | None, precision: str = "fp32", columns: int = 2
 ) -> tuple[Tensor, dict, dict, dict]:
     with process_group():
         link = GroupLink(dist.group.WORLD, wire=wire)
-        model = AlexNet(small(**SMOOTH), (rank,), link, seed=0).to(
+        model = AlexNet(small(columns=columns, **SMOOTH), (rank,), link, seed=0).to(
             memory_format=torch.channels_last
         )
         images = torch.randn(4, 3, 67, 67, generator=torch.Generator().manual_seed(0))
@@ -99,6 +100,24 @@ def test_bf16_on_the_wire_halves_the_bytes_but_the_logits_and_stays_close() -> N
 def test_under_autocast_what_crosses_is_bf16_already() -> None:
     for _, _, size, values in run(step, 2, None, "bf16"):
         assert size == {key: 2 * count for key, count in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "precision", "exchange"),
+    [(2, "fp32", "same"), (2, "bf16", "same"), (2, "fp32", "bf16"), (4, "fp32", "same")],
+)
+def test_the_table_of_layers_has_the_bytes_that_the_meter_counts(
+    ranks: int, precision: str, exchange: str
+) -> None:
+    wire = torch.bfloat16 if exchange == "bf16" else None
+    table = layer_table(small(columns=ranks, **SMOOTH), precision, exchange)
+    expected = {(row["layer"], row["column"]): row["bytes"] for row in table if row["bytes"]}
+    for rank, (_, _, size, _) in enumerate(run(step, ranks, wire, precision, ranks)):
+        for (_, layer, direction), count in size.items():  # of 4 images, to each of the peers
+            assert count == 4 * (ranks - 1) * expected[layer, rank], (layer, direction)
+        forward = {layer for _, layer, direction in size if direction == "forward"}
+        backward = {layer for _, layer, direction in size if direction == "backward"}
+        assert forward == {layer for layer, _ in expected} == backward | {"fc8"}
 
 
 def wire_of(rank: int, flag: str) -> torch.dtype | None:

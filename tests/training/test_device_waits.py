@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_mp import AlexNet, Trainer, preset
+from alexnet_mp.training.batch_gradient import BatchGradient
 from alexnet_mp.training.sgd2012 import build_optimizer
 from alexnet_mp.training.step_sync import Outcome, StepSync
 
@@ -81,13 +82,38 @@ def test_steps_between_saves_do_not_wait_either(monkeypatch) -> None:
     ids=["item", "float", "cpu", "bool", "tolist", "to", "copy_", "setitem"],
 )
 def test_a_wait_in_a_step_is_noticed(wait, monkeypatch) -> None:
-    original = Trainer._share
+    original = BatchGradient._share
 
     def waiting(self, loss, rows):
         wait(loss)
         return original(self, loss, rows)
 
-    monkeypatch.setattr(Trainer, "_share", waiting)
+    monkeypatch.setattr(BatchGradient, "_share", waiting)
     words = "value is read|number is assigned|meta tensor|between cpu and meta"
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=words):
         trained_on_meta(monkeypatch)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
+def test_on_cuda_no_step_after_the_first_ones_synchronizes() -> None:
+    model = AlexNet(TINY).to("cuda", memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, preset("demo").recipe)
+    one = Trainer(model, nn.CrossEntropyLoss(reduction="sum"), optimizer, "cuda", 0, verbose=False)
+    images, labels = torch.zeros(4, 3, 67, 67, device="cuda"), torch.zeros(4, device="cuda").long()
+
+    class Batches(list[tuple[torch.Tensor, torch.Tensor]]):
+        """From the fourth step on every call that waits for the device raises."""
+
+        def __iter__(self):
+            for number in range(8):
+                if number == 3:  # the kernels are chosen, the first batch has been looked at
+                    torch.cuda.set_sync_debug_mode("error")
+                yield images, labels
+            torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        assert one._train_epoch(Batches([(images, labels)] * 8))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

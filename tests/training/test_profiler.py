@@ -9,10 +9,8 @@ from ranks import run as on_ranks
 from alexnet_mp import preset
 from alexnet_mp.parallel.context import ParallelContext
 from alexnet_mp.parallel.launcher import Environment
-from alexnet_mp.training.profiler import TIMED, TRACED, WARM_UP, Profiler, Times, table
+from alexnet_mp.training.profiler import STEPS, TIMED, WARM_UP, Profiler, Times, table
 from alexnet_mp.training.run import run
-
-STEPS = WARM_UP + TIMED + TRACED
 
 
 def config(out: str, steps: int):
@@ -20,7 +18,7 @@ def config(out: str, steps: int):
         kernels=(4, 6, 8, 6, 4),
         hidden=(24, 20),
         batch_size=4,
-        limit_train=72,
+        limit_train=80,
         limit_val=8,
         limit_test=8,
         device="cpu",
@@ -43,7 +41,7 @@ def test_two_ranks_print_each_step_and_write_a_trace_each(tmp_path, capfd) -> No
     out = tmp_path / "run"
     on_ranks(profiled, 2, str(out), STEPS)
     lines = capfd.readouterr().out.splitlines()
-    steps = [columns(line) for line in lines if re.search(r"step +\d+ ", line)]
+    steps = [columns(line) for line in lines if re.search(r"(^|\] )step +\d+ ", line)]
     assert len(steps) == TIMED
     for whole, compute, exposed, _, flags, waiting, optimizer in steps:
         assert (

@@ -30,6 +30,7 @@ SIZES = {
         "initial_weights": STRONG[:4],
     },
     "tutorial": {"kernels": (4, 6, 8, 6, 4), "hidden": (20, 18), "adaptive_pool": 2},
+    "caffe": {"image_size": 67},
 }
 PRESETS = (
     "demo",
@@ -148,3 +149,28 @@ def test_no_gradient_is_computed_for_a_frozen_conv1(images, tmp_path, monkeypatc
     assert {name for name, gradient in gradients.items() if gradient is None} == {
         name for name in gradients if ".conv1." in name
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "where", "trained"),
+    [
+        ("paper", {}, "test images", 60),
+        ("original", {}, "test images", 60),
+        ("original-half", {}, "test images", 60),
+        ("original-isolated", {}, "test images", 60),
+        ("caffe", {}, "test images", 60),
+        ("demo", {}, "held out from train", 54),
+        ("paper", {"validation": "held-out"}, "held out from train", 54),
+        ("demo", {"validation": "val"}, "test images", 60),
+    ],
+)
+def test_a_preset_validates_as_its_source_does_and_the_result_says_where(
+    name: str, flags: dict, where: str, trained: int, images, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(images / "cache"))
+    out = tmp_path / "run"
+    result = run(small(name, images, out).with_fields(**flags, epochs=1, max_steps=1))
+    assert result["validation"] == where
+    data = json.loads((out / "config.json").read_text())["data"]
+    assert data["images"] == [trained, 15 if where == "test images" else 6, 15]
+    assert ("validation: the test images" in capsys.readouterr().out) is (trained == 60)

@@ -184,6 +184,7 @@ def test_two_compiled_ranks_train_as_one_device_to_rounding(tmp_path) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Inductor's advice on TF32 and small GPUs
 def test_a_run_replayed_as_cuda_graphs_trains_as_one_that_is_not(tmp_path) -> None:
     for name, graphs in (("plain", False), ("graphs", True)):
         one(tmp_path / name, device="cuda", cuda_graphs=graphs)
@@ -218,6 +219,43 @@ def test_one_device_and_two_ranks_continue_each_others_runs(finished, tmp_path) 
     two(out, resume=str(out / "last.pt"), max_steps=7)
     one(out, resume=str(out / "last.pt"))
     assert_equal_files(out / "last.pt", finished / "last.pt")
+
+
+@pytest.mark.ranks
+def test_a_run_goes_on_with_more_ranks_and_in_more_parts(finished, tmp_path) -> None:
+    out = tmp_path / "run"
+    one(out, max_steps=2, accumulate=4)
+    result = two(out, ranks=4, resume=str(out / "last.pt"), column_ranks=1, accumulate=2)
+    for mine, other in zip(history(out), history(finished), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)  # DESIGN's float32: sums in other orders
+    ours, theirs = weights(out / "last.pt"), weights(finished / "last.pt")
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-4 * value.abs().max()), name
+    assert result["ranks"] == 4 and result["exchange"]["values_per_image"] == {}
+
+
+@pytest.mark.ranks
+def test_more_parts_than_images_are_refused_in_one_line(tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match="--accumulate 33: a batch of 32 images has at most 32 parts that are not"
+    ):
+        one(tmp_path / "run", accumulate=33)
+    words = "--accumulate 9: a batch of 32 images, 8 for each of 4 data ranks, has at most 8 parts"
+    with pytest.raises(RanksFailed, match=words):
+        two(tmp_path / "run", ranks=4, column_ranks=1, accumulate=9)
+
+
+def test_rates_that_follow_the_batch_are_those_of_training(tmp_path, capsys) -> None:
+    out, trainers = tmp_path / "run", []
+    flags = {"lr_scale": "linear", "batch_size": 64, "accumulate": 2}
+    config = SMALL.with_fields(out=str(out), epochs=1, schedule="constant", **flags)
+    run(config, trainers.append)
+    assert trainers[0].gradient.parts == 2
+    printed = capsys.readouterr().out
+    assert "batch 64 in 2 parts\n" in printed
+    assert "batch 64, where preset demo has 32: learning rates times 2: --lr 0.04\n" in printed
+    assert json.loads((out / "config.json").read_text())["rates"] == {"factor": 2.0, "lr": 0.04}
+    assert history(out)[0]["lr"] == 0.04
 
 
 def test_a_resume_into_another_folder_takes_the_best_weights_along(finished, tmp_path) -> None:

@@ -126,6 +126,52 @@ def test_a_warm_up_rises_linearly_to_the_cosine() -> None:
         assert rates(optimizer)["rest", "weight"] == pytest.approx(cosine * epoch / 4)
 
 
+@pytest.mark.parametrize("kind", ["constant", "plateau", "2012", "cosine"])
+def test_every_schedule_has_a_warm_up_and_is_itself_after_it(kind: str) -> None:
+    fields = {"schedule": kind, "epochs": 9, "lr": 0.1, "bias_lr": 0.3}
+    warm, optimizer = made(**fields, warmup_epochs=2)
+    plain, other = made(**fields)
+    for at in (0, 0.5, 1, 1.75, 2, 2.5, 5, 8):
+        for schedule in (warm, plain):
+            schedule.advance(at)
+        factor = min(at / 2, 1)
+        expected = {group: rate * factor for group, rate in rates(other).items()}
+        assert rates(optimizer) == pytest.approx(expected), at  # biases with their own rate too
+        assert (warm.noise_off, warm.frozen) == (plain.noise_off, plain.frozen)
+
+
+def test_a_plateau_counts_no_stall_of_the_warm_up() -> None:
+    schedule, optimizer = made(schedule="plateau", lr=0.01, lr_patience=1, warmup_epochs=3)
+    seen = []
+    for epoch in range(7):
+        schedule.advance(epoch)
+        seen.append(rates(optimizer)["rest", "weight"])
+        schedule.end_epoch(1.0)
+    # the loss of epoch 3 is the first that counts, those of 4 and 5 are no better
+    assert seen == pytest.approx([0, 0.01 / 3, 0.02 / 3, 0.01, 0.01, 0.01, 0.001])
+
+
+@pytest.mark.parametrize("kind", ["constant", "plateau", "2012", "cosine"])
+def test_a_schedule_that_is_saved_within_its_warm_up_goes_on_with_it(kind: str) -> None:
+    fields = {"schedule": kind, "epochs": 9, "lr": 0.1, "lr_patience": 0, "warmup_epochs": 2}
+    whole, optimizer = made(**fields)
+    for at in (0, 0.5):
+        whole.advance(at)
+    before = rates(optimizer)
+    state = whole.state_dict()
+    assert rates(optimizer) == before  # saving changes no rate
+    resumed, other = made(**fields)
+    resumed.advance(1.5)  # whatever it did before
+    resumed.load_state_dict(state)
+    for at in (1.0, 1.5, 2.0, 3.0):
+        for schedule in (whole, resumed):
+            schedule.advance(at)
+        assert rates(other) == rates(optimizer)
+        if at == int(at):
+            for schedule in (whole, resumed):
+                schedule.end_epoch(1.0)
+
+
 def test_a_cosine_stays_at_zero_after_its_end() -> None:
     schedule, optimizer = made(schedule="cosine", epochs=2, lr=0.1)
     for epoch in (2, 3):

@@ -457,7 +457,7 @@ def test_sums_of_an_older_checkpoint_are_read() -> None:
 
 
 def test_masks_are_keyed_by_the_step_over_the_whole_run(monkeypatch) -> None:
-    from alexnet_mp.training import trainer as module
+    from alexnet_mp.training import batch_gradient as module
 
     steps, seeds = [], set()
     original = module.dropout_keys
