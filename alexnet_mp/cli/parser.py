@@ -71,7 +71,7 @@ PREDICT = """Names what is on images: `{python} --checkpoint RUN/best.pt cat.jpg
 the most probable classes of each. Files that cannot be read are named, the others are shown, and
 the exit code is then 2."""
 
-PACK = """Packs an image folder for fast training: `{python} SOURCE STORE`, then train with
+PACK = """Packs images for fast training: `{python} SOURCE STORE`, then train with
 `--data store --data-dir STORE`. Shorter side 256, center 256x256, upright, RGB; images that are
 smaller keep their size. An interrupted command is repeated: it goes on where it was, and the
 store is the same to the byte."""

@@ -17,8 +17,8 @@ from alexnet_mp.data.archive_index import Problems
 from alexnet_mp.data.contents import Bytes, Contents
 from alexnet_mp.data.decode import Readable
 from alexnet_mp.data.folder_layout import Split
-from alexnet_mp.data.image_folder import UNKNOWN
 from alexnet_mp.data.labeled_samples import UNLABELED, ListedSet, Samples, list_samples, stem_of
+from alexnet_mp.data.listing import UNKNOWN
 
 IMAGE_NAMES = ("image", "img", "jpg", "picture")
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")

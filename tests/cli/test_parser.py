@@ -241,6 +241,16 @@ def test_a_data_dir_alone_is_taken_as_it_is(tmp_path, capsys, path: str, kind: s
     assert capsys.readouterr().out == f"--data-dir {tmp_path}: taken as --data {kind}\n"
 
 
+@pytest.mark.parametrize("name", ["set.tar.gz", "set.zip", "train-0.parquet"])
+def test_an_archive_alone_is_taken_as_images_without_being_read(
+    tmp_path, capsys, name: str
+) -> None:
+    (tmp_path / name).touch()  # what is wrong in it is found when it is listed, by one rank
+    config = parse_train(["--data-dir", str(tmp_path / name)])
+    assert config.data.data == "folder"
+    assert capsys.readouterr().out == f"--data-dir {tmp_path / name}: taken as --data folder\n"
+
+
 def test_a_preset_for_folders_takes_a_packed_one_too(tmp_path, capsys) -> None:
     assert parse_train(["--preset", "photos", "--data-dir", "mine"]).data.data == "folder"
     assert capsys.readouterr().out == ""
