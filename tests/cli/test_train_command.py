@@ -151,7 +151,7 @@ def test_leftover_variables_of_a_launcher_do_not_hang_a_plain_start(
     rank: str, missing: str
 ) -> None:
     started = time.monotonic()
-    done = start(
+    done = start_warm(
         PYTHON,
         *SMALL,
         "--timeout",
@@ -167,7 +167,7 @@ def test_leftover_variables_of_a_launcher_do_not_hang_a_plain_start(
 
 
 def test_half_of_a_launchers_variables_are_named() -> None:
-    done = start(PYTHON, RANK="0")
+    done = start_warm(PYTHON, RANK="0")
     assert done.returncode == 2 and "WORLD_SIZE=None" in done.stderr
 
 
