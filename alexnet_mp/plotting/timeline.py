@@ -2,8 +2,9 @@
 
 A step is the dictionary in a profiled run's timeline.json (`training/step_timeline.py` lists its
 keys); times are in seconds. The forward pass is drawn above, backward and the update below, each on
-a scale of its own. The messages of a rank lie in rows beside its work: a bar while one is on its
-way, an arrow from its sending to its arrival at the peer.
+a scale of its own; a step whose batch was computed in parts (`--accumulate`) has one scale. The
+messages of a rank lie in rows beside its work: a bar while one is on its way, an arrow from its
+sending to its arrival at the peer.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Forward": ("forward",),
     "Backward and update": ("backward", "between"),
 }
+ONE_PANEL = {"Forward, backward and update": ("forward", "backward", "between")}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def draw_timeline(step: Record, path: str | Path | None = None) -> Figure:
     """
     if not any(rank["blocks"] for rank in step["ranks"]):
         raise ValueError("no blocks: there is nothing to draw")
-    panels = [_Panel(step, title, passes) for title, passes in PANELS.items()]
+    chosen = ONE_PANEL if _goes_forward_again(step) else PANELS
+    panels = [_Panel(step, title, passes) for title, passes in chosen.items()]
     head, foot = 0.42, 0.42
     page = Page(WIDTH, head + sum(panel.height for panel in panels) + foot)
     page.text(0.08, 0.22, _title(step), size=10, weight="bold")
@@ -245,6 +248,12 @@ class _Panel:
         style = {"arrowstyle": "-|>", "color": ARROW_COLOR, "linewidth": 0.8, "mutation_scale": 7}
         style |= {"shrinkA": 0, "shrinkB": 0}
         axes.annotate("", (arrived, target), (sent, edge), arrowprops=style, annotation_clip=False)
+
+
+def _goes_forward_again(step: Record) -> bool:
+    """Whether a rank goes forward after it has gone backward: its batch came in parts."""
+    passes = [[block["pass"] for block in rank["blocks"]] for rank in step["ranks"]]
+    return any("backward" in p and "forward" in p[p.index("backward") :] for p in passes)
 
 
 def _title(step: Record) -> str:

@@ -146,6 +146,16 @@ def test_the_title_says_what_the_ranks_share(columns, copies, words_in_title) ->
     assert any(f"step, {words_in_title}: 2 ranks" in text for text, _ in words(figure))
 
 
+def test_a_batch_in_parts_is_drawn_on_one_axis_of_time() -> None:
+    parts = rank_of(0)
+    later = [b | {"begin": b["begin"] + 0.2, "end": b["end"] + 0.2} for b in parts["blocks"]]
+    parts["blocks"] = [*parts["blocks"], *later]
+    figure = draw_timeline(step(messages=[]) | {"ranks": [parts]})
+    (axes,) = figure.axes
+    assert axes.get_xlim() == pytest.approx((0, 370))
+    assert len(draw_timeline(step()).axes) == 2
+
+
 def test_a_step_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="no blocks"):
         draw_timeline(step() | {"ranks": []})
