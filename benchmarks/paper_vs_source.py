@@ -79,6 +79,8 @@ class ReadingsRequest:
     """Images in one step."""
     single: bool = True
     """Also train what lies one difference away; --no-single: the two readings only."""
+    differences: tuple[str, ...] = tuple(DIFFERENCES)
+    """Which differences --single tries."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the layers."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -93,6 +95,10 @@ class ReadingsRequest:
     """Write the table and all losses into this file too; -: only them, to the standard output."""
 
     def __post_init__(self) -> None:
+        unknown = [name for name in self.differences if name not in DIFFERENCES]
+        if unknown:
+            names = ", ".join(map(repr, DIFFERENCES))
+            raise ValueError(f"--differences {unknown[0]!r}: not one of {names}")
         for name in ("classes", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -123,7 +129,8 @@ def variants(request: ReadingsRequest) -> dict[str, Config]:
         ("original", "paper", "+ the paper's"),
     ):
         theirs = readings[other]
-        for what, names in DIFFERENCES.items():
+        for what in request.differences:
+            names = DIFFERENCES[what]
             values = {
                 name: getattr(part, name)
                 for part in (theirs.model, theirs.data, theirs.recipe)

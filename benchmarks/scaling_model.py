@@ -76,6 +76,8 @@ RANKS = {
 }
 """The rows of throughput.py that are predicted."""
 TOLERATED = published.TOLERATED
+MEASURED_RANKS = 2
+"""Ranks between which exchange.py measures."""
 
 
 @dataclass(frozen=True)
@@ -189,14 +191,17 @@ def predictions(request: Request, model: StepModel) -> list[dict[str, Any]]:
             )
             for layout in (Layout(1, devices), Layout(2, devices // 2)):
                 if layout.copies and batch >= layout.copies:
-                    rows.append({"scaling": scaling} | prediction(model, layout, batch))
+                    alone = batch if scaling == "strong" else request.batch_per_device
+                    single = model.rate(alone, Layout(1, 1))
+                    rows.append({"scaling": scaling} | prediction(model, layout, batch, single))
     return rows
 
 
-def prediction(model: StepModel, layout: Layout, batch: int) -> dict[str, Any]:
-    """What a step of `batch` images costs in `layout`."""
+def prediction(model: StepModel, layout: Layout, batch: int, single: float) -> dict[str, Any]:
+    """What a step of `batch` images costs in `layout`; its efficiency is 1 where each device adds
+    the rate `single` of one device alone."""
     images = batch / layout.copies
-    step, single = model.step(images, layout), model.rate(batch, Layout(1, 1))
+    step = model.step(images, layout)
     rate = batch / step.total
     return {
         "devices": layout.devices,
@@ -260,13 +265,18 @@ def check_row(
 ) -> dict[str, Any]:
     """One measured row beside its prediction."""
     layout, batch = RANKS[row["row"]], row["batch_size"]
-    # On a CPU one process has all cores; a rank has its share of them and of the memory.
     model = build_model(request, config, layout.devices if cpu else 1)
-    model.cluster = replace(model.cluster, devices_per_node=layout.devices)
+    cluster = replace(model.cluster, devices_per_node=layout.devices)
+    if cpu and layout.devices > 1:
+        # One process has all cores; a rank has its share of them, and of what exchange.py's two
+        # ranks had. gloo copies and sums on these cores, so that gradients hide behind nothing.
+        near = cluster.near
+        share = Link(near.bandwidth * MEASURED_RANKS / layout.devices, near.latency)
+        cluster, model.overlap = replace(cluster, near=share), False
+    model.cluster = cluster
     predicted, rate = model.rate(batch, layout), row["images_per_second"]
-    saved = model.memory(one["batch_size"], Layout(1, 1)) - model.memory(
-        batch / layout.copies, layout
-    )
+    alone = model.memory(one["batch_size"], Layout(1, 1))
+    more = model.memory(batch / layout.copies, layout) - alone
     return {
         "row": row["row"],
         "ranks": layout.devices,
@@ -274,9 +284,9 @@ def check_row(
         "measured": rate,
         "predicted": round(predicted, 1),
         "error": round(predicted / rate - 1, 4),
-        "memory_below_one_device_bytes": one["memory_bytes_per_rank"]
-        - row["memory_bytes_per_rank"],
-        "memory_below_one_device_predicted_bytes": round(saved),
+        "memory_above_one_device_bytes": row["memory_bytes_per_rank"]
+        - one["memory_bytes_per_rank"],
+        "memory_above_one_device_predicted_bytes": round(more),
     }
 
 
@@ -287,7 +297,7 @@ def check_reason(row: dict[str, Any], cpu: bool) -> str:
     if cpu and row["ranks"] > common.available_cores():
         return "more ranks than cores: each waits for the others' turns, which the model leaves out"
     if cpu:
-        return "gloo copies and sums on the cores that compute, and the model has it beside them"
+        return "the ranks share cores, caches and memory, of which the model knows the cores alone"
     return "the exchange slows the computation down, which the model leaves out"
 
 
@@ -352,9 +362,9 @@ def print_check(rows: list[dict[str, Any]], cpu: bool) -> None:
             )
     for row in rows:
         print(
-            f"{row['row']}: a rank needs "
-            f"{row['memory_below_one_device_bytes'] / 1e9:.2f} GB less than one device, "
-            f"{row['memory_below_one_device_predicted_bytes'] / 1e9:.2f} GB predicted"
+            f"{row['row']}: memory of a rank against one device "
+            f"{row['memory_above_one_device_bytes'] / 1e9:+.2f} GB, "
+            f"{row['memory_above_one_device_predicted_bytes'] / 1e9:+.2f} GB predicted"
         )
 
 
@@ -441,8 +451,15 @@ def main() -> int:
     )
     for line in ASSUMPTIONS:
         print(textwrap.fill(line, 100, initial_indent="- ", subsequent_indent="  "))
-    print(f"\na fixed batch of {request.batch_size:,} images\n{show(rows, 'strong')}")
-    print(f"\n{request.batch_per_device:,} images for each device\n{show(rows, 'weak')}")
+    print(
+        f"\na fixed batch of {request.batch_size:,} images; efficiency against as many times one "
+        f"device with all of them\n{show(rows, 'strong')}"
+    )
+    each = request.batch_per_device
+    print(
+        f"\n{each:,} images for each device; efficiency against as many times one device with "
+        f"{each:,}\n{show(rows, 'weak')}"
+    )
     levels = level_batches(model, rows)
     words = [
         f"{'always' if batch is None else f'{batch:,.0f}'} on {count:,}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,4 +39,9 @@ def share_images(config: Config, out: Path) -> None:
     for split, store in stores.items():
         print(f"{split}: {len(store):,} images, to {side} pixels, once for all", flush=True)
         store.resized(side).save(temporary / split)
-    commit_folder(temporary, path)
+    try:
+        commit_folder(temporary, path)
+    except OSError:  # another program with this --out was faster
+        if not path.exists():
+            raise
+        shutil.rmtree(temporary)

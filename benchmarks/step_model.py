@@ -20,6 +20,8 @@ BACKWARD = 2 / 3
 """Share of a layer's work that the backward pass has: two products of three."""
 BUFFERS = 3
 """float32 tensors that a rank holds of each of its parameters: weight, gradient, velocity."""
+NORMALIZED = ("conv1", "conv2")
+"""Layers with response normalization, where a network has it."""
 MOST_IMAGES = 2.0**24
 """The largest batch for which two layouts are compared."""
 ASSUMPTIONS = (
@@ -179,9 +181,12 @@ class StepModel:
         return weights + rows * self.activation_bytes(layout.columns)
 
     def activation_bytes(self, columns: int) -> float:
-        """Bytes that the backward pass needs of an image, in the fused layers' way: a pooled layer
-        keeps its input and a byte for the place of each maximum, a hidden layer of `hidden` units
-        its output, its mask and their product."""
+        """Bytes that the backward pass needs of an image.
+
+        A normalized and pooled layer keeps its input and a byte for the place of each maximum,
+        torch's pooling alone eight bytes; a hidden layer its output, its mask and their product.
+        What fc6 reads is once more there, flattened.
+        """
         config, sizes = self.config, self.config.map_sizes()
         padded = config.image_size + sum(config.conv1_padding[:2])
         values, places = float(3 * padded**2), 0.0
@@ -192,7 +197,9 @@ class StepModel:
             values += columns_here * math.prod(row["output"])
             if math.prod(sizes[below]) < math.prod(row["output"][1:]):
                 pooled = columns_here * row["output"][0] * math.prod(sizes[below])
-                values, places = values + pooled, places + pooled
+                fused = config.lrn and name in NORMALIZED
+                values += pooled if below != "fc6" else 2 * pooled
+                places += pooled if fused else 8 * pooled
         for units in config.hidden:
             values += columns_here * 3 * units
         if columns > 1:  # the other columns' part of what a crossing reads

@@ -58,10 +58,19 @@ class Estimate:
     """Seconds for all trainings that do not depend on --epochs, which have a target."""
     per_epoch: float
     """Seconds for one epoch of all others."""
+    longest: float
+    """Seconds for one epoch of the slowest of these, which no number of jobs makes shorter."""
 
     def seconds(self, epochs: int) -> float:
         """For all trainings, with --epochs."""
-        return self.fixed + self.per_epoch * epochs
+        return max(self.fixed + self.per_epoch * epochs, self.longest * epochs)
+
+    def epochs_within(self, seconds: float) -> int:
+        """The largest number of epochs, at least 1, with which all trainings end in `seconds`."""
+        epochs = 1
+        while self.per_epoch and self.seconds(epochs + 1) <= seconds:
+            epochs += 1
+        return epochs
 
 
 def estimate(
@@ -76,21 +85,23 @@ def estimate(
     for training in trainings:
         config = training.config
         kinds.setdefault((config.preset, *shared_images(config, out).values()), []).append(training)
-    steps, fixed, per_epoch, times = dict[str, float](), 0.0, 0.0, 1.0
+    steps, fixed, per_epoch, longest, times = dict[str, float](), 0.0, 0.0, 0.0, 1.0
     for (name, *_), members in kinds.items():
         seconds, images = seconds_per_step(members[0].config, out, PROBE_STEPS, PROBE_SECONDS[0])
         times = times if steps else slowdown(members[0].config, seconds)
         steps[name] = round(seconds, 6)
-        share = seconds * times / max(min(jobs, len(trainings)), 1)
+        at_once = max(min(jobs, len(trainings)), 1)
         for member in members:
             recipe = member.config.recipe
-            epoch = share * (images[0] + FORWARD_SHARE * images[1]) / recipe.batch_size
+            passes = (images[0] + FORWARD_SHARE * images[1]) / recipe.batch_size
+            epoch = seconds * times * passes
             if member.target:
-                fixed += epoch * recipe.epochs * TARGET_SHARE
+                fixed += epoch * recipe.epochs * TARGET_SHARE / at_once
             else:
-                per_epoch += epoch
+                per_epoch += epoch / at_once
+                longest = max(longest, epoch)
     torch.cuda.empty_cache()  # this process trains no more
-    return Estimate(steps, round(times, 3), round(fixed, 2), round(per_epoch, 3))
+    return Estimate(steps, round(times, 3), round(fixed, 2), round(per_epoch, 4), round(longest, 4))
 
 
 def seconds_per_step(

@@ -153,9 +153,9 @@ class Table(Generic[Request]):
             f"{steps}; {found.slowdown:.2f} times that beside the others)",
             flush=True,
         )
-        room = FILLED * pool.seconds_left() - found.fixed
-        if self.request.fit and found.per_epoch and asked * found.per_epoch > room:
-            epochs = max(int(room / found.per_epoch), 1)
+        room = FILLED * pool.seconds_left()
+        if self.request.fit and seconds > room:
+            epochs = min(found.epochs_within(room), asked)
             self.request = dataclasses.replace(self.request, epochs=epochs)
             seconds = found.seconds(epochs)
             print(f"--fit: {epochs} epochs, not {asked}: about {minutes(seconds)}", flush=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draws the pictures of a finished run.
+"""Draws the pictures of a finished run, and puts them with all else on one page.
 
-    python launch/figures.py RUN [--out FOLDER] [--images N] [--window N] [--compare RUN2 ...]
+    python launch/figures.py RUN [--html] [--out FOLDER] [--images N] [--compare RUN2 ...]
 
 RUN is a folder that launch/train.py wrote. `--help` lists the flags.
 """

@@ -28,6 +28,8 @@ SLOW_MODULES = {
     # They start the commands as processes, train whole runs, or wait on purpose.
     "benchmarks/test_ablations.py",
     "benchmarks/test_benchmarks.py",
+    "benchmarks/test_imagenet_scale.py",
+    "benchmarks/test_scaling_model.py",
     "cli/test_check.py",
     "cli/test_commands.py",
     "cli/test_evaluate_command.py",
@@ -38,6 +40,7 @@ SLOW_MODULES = {
     "inference/test_ensemble.py",
     "inference/test_evaluate_folder.py",
     "inference/test_run_pictures.py",
+    "inference/test_run_report.py",
     "ops/test_allocator.py",
     "ops/test_triton_kernels.py",
     "parallel/test_layouts.py",

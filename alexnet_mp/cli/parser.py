@@ -72,15 +72,17 @@ PREDICT = """Names what is on images: `{python} --checkpoint RUN/best.pt cat.jpg
 the most probable classes of each. Files that cannot be read are named, the others are shown, and
 the exit code is then 2."""
 
-PACK = """Packs an image folder for fast training: `{python} SOURCE STORE`, then train with
+PACK = """Packs images for fast training: `{python} SOURCE STORE`, then train with
 `--data store --data-dir STORE`. Shorter side 256, center 256x256, upright, RGB; images that are
 smaller keep their size. An interrupted command is repeated: it goes on where it was, and the
 store is the same to the byte."""
 
 FIGURES = """Draws what a run has learned: kernels.png (the first layer, column above column, with
-its color selectivity), curves.png, samples.png (training images), predictions.png (test images
-with their likeliest classes) and neighbors.png (the training images nearest to test images by
-fc7), into RUN or --out. One process on one device, whatever the placement that trained it."""
+its color selectivity), curves.png, timeline.png (one step of a run with --profile), samples.png
+(training images), predictions.png (test images with their likeliest classes), confusion.png (what
+the worst classes are taken for) and neighbors.png (the training images nearest to test images by
+fc7), into RUN or --out. --html puts them with all else on one page. One process on one device,
+whatever the placement that trained it."""
 
 
 def _optional_file(words: list[str]) -> str:

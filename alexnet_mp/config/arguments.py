@@ -205,12 +205,16 @@ class FiguresRequest:
     """Folder of a run: config.json, history.jsonl, and best.pt or last.pt."""
     out: str = ""
     """Folder for the pictures; default: RUN."""
+    html: bool = False
+    """Write report.html too: the whole run on one page, which needs no other file and no network.
+    Parts that are missing are named there."""
     images: int = 8
     """Test images in predictions.png and in neighbors.png."""
     window: int = 1
     """Epochs that each point of a curve is the mean of."""
     compare: Annotated[tuple[str, ...], arg(metavar="RUN2")] = ()
-    """More runs' folders, after RUN: compare.png shows one number of all of them."""
+    """More runs' folders, after RUN: compare.png shows one number of all of them, report.html all
+    numbers and what differs."""
     key: str = "train_top1"
     """Name in history.jsonl that compare.png shows; accuracies are shown as errors."""
     target: float | None = None

@@ -29,14 +29,16 @@ class DataConfig:
 
     data: Literal["shapes", "cifar10", "fashion-mnist", "folder", "store"] = "shapes"
     """shapes (generated, no download), cifar10, fashion-mnist, folder (DIR/CLASS/*, or
-    DIR/train/CLASS/* and val or test or both), store (packed)."""
+    DIR/train/CLASS/* and val or test or both; or an archive of one, ImageNet's tars, webdataset
+    shards, Parquet), store (packed)."""
     data_dir: str = "data"
-    """Where the set is, or is to be put."""
+    """Where the set is, or is to be put; of an archive or shards the file, or the pattern."""
     cache_dir: str | None = None
     """Where generated and packed images are kept; None: alexnet_mp in $XDG_CACHE_HOME or in
     ~/.cache."""
     on_error: Literal["stop", "skip"] = "stop"
-    """folder: at files that cannot be read, stop and name them, or leave them out and list them."""
+    """folder: at files that cannot be read, and at what is wrong with an archive, stop and name
+    it, or leave it out and list it."""
     shuffle: Literal["full", "blocks"] = "full"
     """Order of an epoch. full: any order. blocks: neighbors in the store stay near each other,
     within 8,192 images, which suits spinning disks and network storage."""

@@ -106,7 +106,7 @@ def tar_members(
             held = Member(parts, SPECIAL, 0)
     if reason:
         at = tar.offset
-        problems.add(f"{place}: cut short or damaged at byte {at:,} ({reason})")
+        problems.add(f"{place}: cut short or damaged at byte {at:,} ({reason}), nothing after it")
 
 
 def _next(tar: tarfile.TarFile, file: Seekable) -> tuple[tarfile.TarInfo | None, str | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -169,12 +168,3 @@ class ArchivePath:
             ArchiveEntry(name, os.path.join(place, name), self.tree, content)
             for name, content in node.items()
         ]
-
-
-def walk(node: Node, inside: str = "") -> Iterator[str]:
-    """The names of all members of a folder and of those in it."""
-    for name, content in node.items():
-        if isinstance(content, dict):
-            yield from walk(content, f"{inside}{name}/")
-        else:
-            yield inside + name

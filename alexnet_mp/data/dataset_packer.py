@@ -20,7 +20,7 @@ from alexnet_mp.data import store_format
 from alexnet_mp.data.decode import SIDE
 from alexnet_mp.data.decode_pool import Packing, decoded, quiet_decoding
 from alexnet_mp.data.folder_layout import SPLITS, Split
-from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.listing import Listing
 from alexnet_mp.data.pack_size import estimated_bytes, free_bytes, packed_bytes, size_text
 from alexnet_mp.data.split_packer import holds_same_files, pack_split
 from alexnet_mp.data.streamed_decoding import decoded_as_streamed
@@ -149,7 +149,7 @@ def unfinished(store: Path) -> str | None:
     try:
         begun = json.loads((store / UNFINISHED).read_text(encoding="utf-8"))
         return begun["command"] or "launch/pack.py"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter: an archive
         return None
     except (OSError, ValueError, KeyError, TypeError):
         return "launch/pack.py"

@@ -17,7 +17,7 @@ import torch
 from alexnet_mp.config.progress import Progress
 from alexnet_mp.data import store_format
 from alexnet_mp.data.decode import decode_jpeg, encode_jpeg, try_read
-from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.listing import Listing
 from alexnet_mp.data.statistics import Sums
 from alexnet_mp.data.store_writer import EncodedImage
 from alexnet_mp.ops.cpu_cores import available_cores

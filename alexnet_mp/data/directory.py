@@ -36,7 +36,9 @@ def name_order(name: str) -> tuple[str, str]:
     The forms of a data set differ in the extension (.JPEG, .jpg), and must not differ in the order.
     """
     text = as_text(name)
-    return os.path.splitext(text) if is_image(text) else (text, "")
+    stem, _, extension = text.rpartition(".")
+    # As `is_image`, which would part the name again: a large folder has a million.
+    return (stem, extension) if stem and f".{extension.lower()}" in EXTENSIONS else (text, "")
 
 
 def sorted_entries(folder: Folder) -> list[Entry]:
@@ -80,32 +82,27 @@ def is_file(entry: Entry) -> bool:
 
 def files_below(
     folder: Folder, inside: str, above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[tuple[Entry, str]]:
-    """The files in `folder` and below, in the order of their names, and the subfolder of each.
+) -> Iterator[tuple[list[Entry], str]]:
+    """The files in `folder` and below, in the order of their names: neighbors in one subfolder as
+    a list, and that subfolder.
 
     Hidden folders and links to a folder above come as if they were files, to be counted.
     """
-    if isinstance(folder, ArchivePath):
-        yield from _members_below(folder, inside)
-        return
-    # A link to the split's own folder would bring images of other classes.
-    folders = [folder] if above else [*folder.resolve().parents, folder]
-    above = (*above, *((status.st_dev, status.st_ino) for status in map(os.stat, folders)))
+    if isinstance(folder, Path):  # archives have no links to a folder
+        # A link to the split's own folder would bring images of other classes.
+        folders = [folder] if above else [*folder.resolve().parents, folder]
+        above = (*above, *((status.st_dev, status.st_ino) for status in map(os.stat, folders)))
+    files: list[Entry] = []
     for entry in sorted_entries(folder):
-        if not is_hidden(entry.name) and is_folder(entry) and not _is_above(entry, above):
-            if len(above) > DEPTH:
-                raise ValueError(f"{entry.path}: more than {DEPTH} folders within each other")
-            yield from files_below(Path(entry.path), f"{inside}{entry.name}/", above)
+        if not is_folder(entry) or is_hidden(entry.name) or (above and _is_above(entry, above)):
+            files.append(entry)
+        elif len(above) > DEPTH:
+            raise ValueError(f"{entry.path}: more than {DEPTH} folders within each other")
         else:
-            yield entry, inside
-
-
-def _members_below(folder: ArchivePath, inside: str) -> Iterator[tuple[Entry, str]]:
-    for entry in sorted_entries(folder):
-        if not is_hidden(entry.name) and is_folder(entry):
-            yield from _members_below(folder / entry.name, f"{inside}{entry.name}/")
-        else:
-            yield entry, inside
+            yield files, inside
+            files = []
+            yield from files_below(folder / entry.name, f"{inside}{entry.name}/", above)
+    yield files, inside
 
 
 def _is_above(entry: Entry, above: tuple[tuple[int, int], ...]) -> bool:

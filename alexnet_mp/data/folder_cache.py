@@ -25,7 +25,7 @@ from alexnet_mp.data.dataset_packer import check_room
 from alexnet_mp.data.decode import SIDE, Readable, try_read
 from alexnet_mp.data.decode_pool import Packing, quiet_decoding
 from alexnet_mp.data.folder_layout import Split
-from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.listing import Listing
 from alexnet_mp.data.split_packer import pack_split
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import VERSION, read_header

@@ -17,7 +17,7 @@ from typing import Literal
 
 from alexnet_mp.data import image_folder, val_labels
 from alexnet_mp.data.directory import Folder, flat_images, image_names, listed, visible_folders
-from alexnet_mp.data.image_folder import Ignored, Listing
+from alexnet_mp.data.listing import Ignored, Listing
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

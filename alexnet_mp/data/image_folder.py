@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
 
 from alexnet_mp.data.archive_tree import ArchiveEntry, ArchivePath
-from alexnet_mp.data.contents import Contents, FolderFiles, reordered_names
-from alexnet_mp.data.decode import Readable
+from alexnet_mp.data.contents import Contents, FolderFiles
 from alexnet_mp.data.directory import (
     EXTENSIONS,
     SHOWN,
@@ -33,115 +31,7 @@ from alexnet_mp.data.directory import (
     sorted_entries,
     visible_folders,
 )
-
-UNKNOWN = -1
-"""The size of an image that is not known before it is read."""
-
-
-@dataclass
-class Ignored:
-    """Counts what was left out of a listing, by reason."""
-
-    hidden: int = 0  # files and folders, among them those that a Mac adds to its archives
-    special: int = 0  # pipes, devices, broken links, links to a folder above
-    other: Counter[str] = field(default_factory=Counter)  # not an image's extension
-
-    def add(self, more: Ignored) -> None:
-        """Adds the counts of another listing."""
-        self.hidden += more.hidden
-        self.special += more.special
-        self.other += more.other
-
-    def __str__(self) -> str:
-        parts = []
-        if self.hidden or self.other:
-            kinds = ", ".join(
-                f"{extension or 'no extension'} {count:,}"
-                for extension, count in self.other.most_common(5)
-            )
-            parts.append(f"{self.hidden:,} hidden files or folders")
-            parts.append(
-                f"{self.other.total():,} files whose names are not an image's"
-                + (f" ({kinds})" if kinds else "")
-            )
-        if self.special:
-            parts.append(f"{self.special:,} pipes, devices, broken or circular links")
-        return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of one split, by class and name, before any is opened.
-
-    An ImageNet has 1.3 million: names lie in one block of bytes and numbers in arrays, about 60
-    bytes an image, because a Python object for each would take gigabytes.
-    """
-
-    folder: Path
-    """The folder of the split, also one within an archive."""
-    classes: tuple[str, ...]
-    labels: np.ndarray  # int32 (N,), ascending
-    sizes: np.ndarray  # int64 (N,), bytes; UNKNOWN where only reading tells
-    times: np.ndarray  # int64 (N,), of the last change, in nanoseconds
-    names: bytes  # CLASS/FILE of each image, one after another; CLASS as its folder is called
-    ends: np.ndarray  # int64 (N,), the end of each in `names`
-    contents: Contents
-    ignored: Ignored
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def file(self, number: int) -> Readable:
-        """The file of image `number`, or the member of an archive."""
-        return self.contents.file(number)
-
-    def name(self, number: int) -> str:
-        """CLASS/FILE of image `number` as text, with / on every system."""
-        return self._name(number).decode("utf-8", "backslashreplace")
-
-    def location(self, number: int) -> str:
-        """Where image `number` is, for messages."""
-        return self.contents.location(number, self.name(number))
-
-    def stored_name(self, number: int) -> str:
-        """CLASS/FILE without the extension, in which the forms of a data set differ."""
-        name = self.name(number)
-        return os.path.splitext(name)[0] if is_image(name) else name
-
-    def identity(self) -> str:
-        """A digest of classes and stored names: the same for a data set in whatever form."""
-        digest = hashlib.blake2b(repr(self.classes).encode(), digest_size=16)
-        digest.update(self.labels.astype("<i8").tobytes())
-        for row in range(len(self)):
-            digest.update(self.stored_name(row).encode() + b"\n")
-        return digest.hexdigest()
-
-    def _name(self, number: int) -> bytes:
-        return self.names[self._end(number - 1) : self._end(number)]
-
-    def _end(self, number: int) -> int:
-        return int(self.ends[number]) if number >= 0 else 0
-
-    def digest(self, numbers: range | None = None, times: bool = True) -> str:
-        """A digest of names, classes, sizes and times of change, of all images or of some.
-
-        Without `times`, a copy of the folder has the same.
-        """
-        rows = range(len(self)) if numbers is None else numbers
-        start, stop = rows.start, rows.stop
-        first, last = self._end(start - 1), self._end(stop - 1)
-        labels = self.labels[start:stop]
-        changes = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist()] if len(labels) else []
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(self.names[first:last])
-        numbers_of = [self.ends[start:stop] - first, self.sizes[start:stop]]
-        for values in [*numbers_of, self.times[start:stop]] if times else numbers_of:
-            digest.update(values.astype("<i8").tobytes())
-        # Classes are named where they change: a class that is added before others renumbers
-        # those, but does not change their images.
-        digest.update(repr([(k, self.classes[labels[k]]) for k in changes]).encode())
-        return digest.hexdigest()
+from alexnet_mp.data.listing import Ignored, Listing, in_class_order
 
 
 class _ListingBuilder:
@@ -161,23 +51,32 @@ class _ListingBuilder:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, entry: Entry, inside: str, label: int | None) -> None:
-        """Adds `entry`, a file of the subfolder `inside` ("cat/"), or counts it as ignored."""
-        if is_hidden(entry.name):
-            self.ignored.hidden += 1
-        elif not is_file(entry):  # opening a pipe would wait forever
-            self.ignored.special += 1
-        elif label is None or not is_image(entry.name):
-            self.ignored.other[os.path.splitext(entry.name)[1].lower()] += 1
-        else:
-            status = entry.stat()
-            self.names += os.fsencode(inside + entry.name)
-            self.ends.append(len(self.names))
-            self.labels.append(label)
-            self.sizes.append(status.st_size)
-            self.times.append(status.st_mtime_ns)
-            if isinstance(entry, ArchiveEntry):
-                self.members.append(entry.number)
+    def take(self, entries: Sequence[Entry], inside: str, label: int | None) -> None:
+        """Adds `entries`, files of the subfolder `inside` ("cat/"), or counts them as ignored."""
+        images = []
+        for entry in entries:
+            if is_hidden(entry.name):
+                self.ignored.hidden += 1
+            elif not is_file(entry):  # opening a pipe would wait forever
+                self.ignored.special += 1
+            elif label is None or not is_image(entry.name):
+                self.ignored.other[os.path.splitext(entry.name)[1].lower()] += 1
+            else:
+                images.append(entry)
+        if label is not None:
+            self._add(images, os.fsencode(inside), label)
+
+    def _add(self, images: Sequence[Entry], inside: bytes, label: int) -> None:
+        """Lists instead of a loop's body: of a million files these lines are half of the time."""
+        states = [entry.stat() for entry in images]
+        names = [inside + os.fsencode(entry.name) for entry in images]
+        ends = accumulate(map(len, names), initial=len(self.names))
+        self.ends.extend(islice(ends, 1, None))
+        self.names += b"".join(names)
+        self.labels.extend([label] * len(images))
+        self.sizes.extend([state.st_size for state in states])
+        self.times.extend([state.st_mtime_ns for state in states])
+        self.members.extend([entry.number for entry in images if isinstance(entry, ArchiveEntry)])
 
     def finish(self, classes: Sequence[str], notes: Sequence[str] = ()) -> Listing:
         names, ends = bytes(self.names), np.array(self.ends, np.int64)
@@ -198,30 +97,6 @@ class _ListingBuilder:
             self.ignored,
             tuple(notes),
         )
-
-
-def in_class_order(listing: Listing) -> Listing:
-    """A listing of flat files as it would be with a folder for each class: the same bytes follow.
-
-    The names, FOLDER/FILE or FILE, become CLASS/FILE.
-    """
-    order = np.argsort(listing.labels, kind="stable")
-    labels = listing.labels[order]
-    names, ends = reordered_names(listing.names, listing.ends, order)
-    starts = [0, *ends[:-1].tolist()]
-    files = [
-        os.fsencode(listing.classes[label]) + b"/" + names[start:end].rpartition(b"/")[2]
-        for label, start, end in zip(labels.tolist(), starts, ends.tolist(), strict=True)
-    ]
-    return replace(
-        listing,
-        labels=labels,
-        sizes=listing.sizes[order],
-        times=listing.times[order],
-        names=b"".join(files),
-        ends=np.cumsum([len(file) for file in files], dtype=np.int64),
-        contents=listing.contents.reordered(order),
-    )
 
 
 def class_folders(folder: Folder, flag: str = "--data-dir") -> dict[str, str]:
@@ -272,16 +147,16 @@ def list_split(
         )
     listing = _ListingBuilder(folder)
     own = set(folders.values())
-    for entry in sorted_entries(folder):
-        if entry.name not in own:
-            listing.take(entry, "", None)
+    others = [entry for entry in sorted_entries(folder) if entry.name not in own]
+    listing.take(others, "", None)
     nested = []
     for label, (name, disk_name) in enumerate(folders.items()):
         before = len(listing)
         subfolders = set()
-        for entry, inside in files_below(folder / disk_name, f"{disk_name}/"):
-            listing.take(entry, inside, label)
-            subfolders.add(inside.split("/")[1])
+        for entries, inside in files_below(folder / disk_name, f"{disk_name}/"):
+            listing.take(entries, inside, label)
+            if entries:
+                subfolders.add(inside.split("/")[1])
         if len(listing) == before:
             raise ValueError(
                 f"{flag}: {folder / disk_name} has no images ({' '.join(sorted(EXTENSIONS))}); "
@@ -313,7 +188,7 @@ def list_flat(
         name = classes_of.get(file, classes_of.get(os.path.splitext(file)[0]))
         if name is None and is_image(entry.name) and not is_hidden(entry.name):
             raise ValueError(f"{flag} {labels_file}: does not name the class of {entry.path}")
-        listing.take(entry, inside, numbers[name] if name is not None else None)
+        listing.take([entry], inside, numbers[name] if name is not None else None)
     if not len(listing):
         raise ValueError(f"{folder}: has no images ({' '.join(sorted(EXTENSIONS))})")
     return in_class_order(listing.finish(classes))

@@ -17,8 +17,8 @@ from alexnet_mp.data.archive_index import Problems, read_archive
 from alexnet_mp.data.archive_tree import ArchivePath
 from alexnet_mp.data.directory import image_names, listed, visible_folders
 from alexnet_mp.data.folder_layout import EXPECTED, FolderLayout, Split
-from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.labeled_samples import ListedSet, by_split
+from alexnet_mp.data.listing import Listing
 from alexnet_mp.data.parquet_shards import read_parquet
 from alexnet_mp.data.webdataset import is_shard, read_shards
 

@@ -17,7 +17,7 @@ import numpy as np
 from alexnet_mp.data.contents import Contents
 from alexnet_mp.data.directory import as_text, name_order
 from alexnet_mp.data.folder_layout import SPELLINGS, SPLITS, Split
-from alexnet_mp.data.image_folder import Ignored, Listing
+from alexnet_mp.data.listing import Ignored, Listing
 
 Label = int | str
 UNLABELED = -1
@@ -199,42 +199,55 @@ def _listing(
     contents: Callable[[np.ndarray], Contents],
 ) -> Listing:
     numbers = {label: order.index(name) for label, name in classes.items()}
-    labels = [numbers[label] for label in samples.labels]
-    files = _file_names(samples, [order[label] for label in labels])
-    rank = sorted(
-        range(len(files)),
-        key=lambda k: (labels[k], [name_order(part) for part in files[k].split("/")]),
-    )
-    names = [os.fsencode(f"{order[labels[k]]}/{files[k]}") for k in rank]
+    labels = np.array([numbers[label] for label in samples.labels], np.int32)
+    by_class = np.argsort(labels, kind="stable")
+    borders = np.searchsorted(labels[by_class], np.arange(1, len(order)))
+    groups = [rows.tolist() for rows in np.split(by_class, borders)]
+    file_of = _file_names(samples, [(order[k], rows) for k, rows in enumerate(groups)])
+    # Sorted class by class: the keys of all images at once would take gigabytes.
+    ranked: list[int] = []
+    names: list[bytes] = []
+    for name, rows in zip(order, groups, strict=True):
+        files = {k: file_of(k, name) for k in rows}
+        rows.sort(key=lambda k: [name_order(part) for part in files[k].split("/")])
+        ranked += rows
+        names += [os.fsencode(f"{name}/{files[k]}") for k in rows]
     return Listing(
         folder,
         order,
-        np.array(labels, np.int32)[rank],
-        np.array(samples.sizes, np.int64)[rank],
-        np.array(samples.times, np.int64)[rank],
+        labels[ranked],
+        np.array(samples.sizes, np.int64)[ranked],
+        np.array(samples.times, np.int64)[ranked],
         b"".join(names),
         np.cumsum([len(name) for name in names], dtype=np.int64),
-        contents(np.array(samples.rows, np.int64)[rank]),
+        contents(np.array(samples.rows, np.int64)[ranked]),
         Ignored(),
     )
 
 
-def _file_names(samples: Samples, classes: Sequence[str]) -> list[str]:
-    """A name for each image, unique within its class: as short as that allows."""
+FileName = Callable[[int, str], str]
+"""The name of a sample, given its number and its class."""
 
-    def short(k: int) -> str:
+
+def _file_names(samples: Samples, groups: Sequence[tuple[str, Sequence[int]]]) -> FileName:
+    """Names that are unique within each class of `groups`: as short as that allows."""
+
+    def short(k: int, name: str) -> str:
         stem, extension = os.path.splitext(samples.keys[k].rpartition("/")[2])
-        return stem.removesuffix(f"_{classes[k]}") + extension
+        return as_text(stem.removesuffix(f"_{name}") + extension)
 
-    named = all(samples.keys)
-    candidates: list[Callable[[int], str]] = [short, lambda k: samples.keys[k]] if named else []
-    candidates.append(lambda k: f"{samples.places[k]}/{samples.keys[k]}")
-    for candidate in candidates:
-        files = [as_text(candidate(k)) for k in range(len(classes))]
-        distinct = {
-            (name, os.path.splitext(file)[0]) for name, file in zip(classes, files, strict=True)
-        }
-        if len(distinct) == len(files):
-            return files
-    width = len(str(len(classes)))
-    return [f"{samples.places[k]}/{k:0{width}}" for k in range(len(classes))]
+    def whole(k: int, name: str) -> str:
+        return as_text(samples.keys[k])
+
+    def with_shard(k: int, name: str) -> str:
+        return as_text(f"{samples.places[k]}/{samples.keys[k]}")
+
+    named = [short, whole] if all(samples.keys) else []
+    for candidate in (*named, with_shard):
+        if all(
+            len({os.path.splitext(candidate(k, name))[0] for k in rows}) == len(rows)
+            for name, rows in groups
+        ):
+            return candidate
+    width = len(str(len(samples.keys)))
+    return lambda k, name: f"{samples.places[k]}/{k:0{width}}"

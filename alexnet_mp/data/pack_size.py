@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from alexnet_mp.data.decode import SIDE, stored_side
-from alexnet_mp.data.image_folder import Listing
+from alexnet_mp.data.listing import Listing
 from alexnet_mp.data.store_format import BEGUN
 
 SAMPLE = 400

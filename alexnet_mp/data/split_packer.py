@@ -26,7 +26,7 @@ from alexnet_mp.config.progress import Progress, progress
 from alexnet_mp.data import store_format, store_writer
 from alexnet_mp.data.decode import SIDE
 from alexnet_mp.data.decode_pool import DecodedShard, Packing, decoded, quiet_decoding
-from alexnet_mp.data.image_folder import UNKNOWN, Listing
+from alexnet_mp.data.listing import UNKNOWN, Listing
 from alexnet_mp.data.statistics import Sums
 from alexnet_mp.data.store import Store
 from alexnet_mp.data.store_format import open_array, shard_name

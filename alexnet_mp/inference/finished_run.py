@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from alexnet_mp.config import Config
 from alexnet_mp.config.progress import progress
 from alexnet_mp.config.seeds import combine
 from alexnet_mp.data import Loader, Splits, Store, load, needs_statistics
-from alexnet_mp.inference.load_network import class_difference, read_network
+from alexnet_mp.inference.load_network import TrainedNetwork, class_difference, read_network
 from alexnet_mp.inference.neighbors import class_balanced_sample
+from alexnet_mp.model.alexnet import AlexNet
 
 
 class FinishedRun:
     """A run's configuration, history and whole network on one device.
 
-    Its images are opened when they are first asked for.
+    Its network and its images are opened when they are first asked for.
     """
 
     def __init__(
@@ -42,10 +44,25 @@ class FinishedRun:
         if data_dir:
             self.config = self.config.with_fields(data_dir=data_dir)
         self.history = read_history(self.folder)
-        self.network = read_network(_best_weights(self.folder))
-        self.classes = self.network.classes
-        self.model = self.network.build().to(self.device)
         self._splits: Splits | None = None
+
+    @cached_property
+    def network(self) -> TrainedNetwork:
+        """The best weights, or the last ones, with what belongs to them.
+
+        Raises FileNotFoundError where the run has saved none, ValueError for a damaged file.
+        """
+        return read_network(_best_weights(self.folder))
+
+    @cached_property
+    def model(self) -> AlexNet:
+        """The whole network on the device."""
+        return self.network.build().to(self.device)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.network.classes
 
     @property
     def kernels(self) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor
 from alexnet_mp.data import Store
 from alexnet_mp.inference.finished_run import FinishedRun, read_history
 from alexnet_mp.inference.neighbors import nearest
+from alexnet_mp.inference.run_facts import read_json
+from alexnet_mp.plotting.confusion import draw_confusion, worst_classes
 from alexnet_mp.plotting.curves import (
     ACCURACIES,
     AXIS_LABELS,
@@ -23,10 +25,18 @@ from alexnet_mp.plotting.curves import (
     errors_or_values,
 )
 from alexnet_mp.plotting.kernels import RANDOM_SELECTIVITY, color_selectivity, draw_kernels
-from alexnet_mp.plotting.predictions import draw_neighbors, draw_predictions, draw_samples
+from alexnet_mp.plotting.predictions import (
+    class_name,
+    draw_neighbors,
+    draw_predictions,
+    draw_samples,
+)
+from alexnet_mp.plotting.timeline import draw_timeline, readable_bytes
 
 NEIGHBORS = 6  # as in figure 4 of the paper
 SAMPLES = 32
+WORST = 12  # classes in confusion.png
+TIMELINE = "timeline.json"
 STILL_RANDOM = 0.05
 """Kernels count as noise if their color selectivity is this near to that of random weights."""
 NOISE_NOTE = (
@@ -48,7 +58,25 @@ class Picture:
     """The same in numbers."""
 
 
-def draw(
+@dataclass(frozen=True)
+class Drawing:
+    """A picture that can be drawn: its file's name, and the work."""
+
+    name: str
+    draw: Callable[[], Picture]
+
+
+def draw(run: FinishedRun, out: Path, **options: Any) -> Iterator[Picture]:
+    """Draws all pictures of `run` into the folder `out`, and yields each as it is ready.
+
+    Options and errors are those of `drawings`; ValueError or OSError where a picture's checkpoint
+    or images cannot be read.
+    """
+    for drawing in drawings(run, out, **options):
+        yield drawing.draw()
+
+
+def drawings(
     run: FinishedRun,
     out: Path,
     images: int = 8,
@@ -56,37 +84,44 @@ def draw(
     others: Sequence[str] = (),
     key: str = "train_top1",
     target: float | None = None,
-) -> Iterator[Picture]:
-    """Draws all pictures of `run` into the folder `out`, and yields each as it is ready.
+) -> list[Drawing]:
+    """The pictures of `run` that belong into the folder `out`, which is made.
 
     Those that need no images come first. `images` test images are shown. With `others`, folders of
-    more runs, there is a compare.png; without an epoch there is no curves.png. Raises ValueError or
-    OSError, before the first picture, for a run that cannot be compared or a folder `out` that
-    cannot be made.
+    more runs, there is a compare.png; without an epoch there is no curves.png, without `--profile`
+    no timeline.png. Raises ValueError or OSError for a run that cannot be compared or a folder
+    `out` that cannot be made.
     """
-    histories = _histories([run.folder, *map(Path, others)]) if others else {}
+    runs = named([run.folder, *map(Path, others)]) if others else {}
+    histories = {name: read_history(folder) for name, folder in runs.items()}
     for history in histories.values():
         errors_or_values(history, key)  # raises for a key that a run does not have
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out}: {error.strerror or error}") from None
-    yield kernels(run, out)
+    found = [Drawing("kernels", lambda: kernels(run, out))]
     if run.history:
-        yield curves(run, out, window)
+        found.append(Drawing("curves", lambda: curves(run, out, window)))
     if histories:
-        yield comparison(histories, out, key, target, window)
-    yield samples(run, out)
-    yield predictions(run, out, images)
-    yield neighbors(run, out, images)
+        found.append(Drawing("compare", lambda: comparison(histories, out, key, target, window)))
+    if (run.folder / TIMELINE).exists():
+        found.append(Drawing("timeline", lambda: timeline(run.folder, out)))
+    return [
+        *found,
+        Drawing("samples", lambda: samples(run, out)),
+        Drawing("predictions", lambda: predictions(run, out, images)),
+        Drawing("confusion", lambda: confusion(run, out)),
+        Drawing("neighbors", lambda: neighbors(run, out, images)),
+    ]
 
 
-def _histories(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """The histories by the folders' names, or by their paths where two have the same name."""
+def named(folders: Sequence[Path]) -> dict[str, Path]:
+    """The folders of runs by their names, or by their paths where two have the same name."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    return {name: read_history(folder) for name, folder in zip(names, folders, strict=True)}
+    return dict(zip(names, folders, strict=True))
 
 
 def kernels(run: FinishedRun, out: Path) -> Picture:
@@ -110,7 +145,7 @@ def kernels(run: FinishedRun, out: Path) -> Picture:
 
 def curves(run: FinishedRun, out: Path, window: int = 1) -> Picture:
     """Draws loss and error over epochs."""
-    draw_curves(run.history, out / "curves.png", window, len(run.classes))
+    draw_curves(run.history, out / "curves.png", window, run.config.model.classes)
     best = min(run.history, key=lambda record: record["val_loss"])
     facts = {
         "epochs": len(run.history),
@@ -148,6 +183,27 @@ def comparison(
     return Picture(out / "compare.png", f"{AXIS_LABELS.get(key, key)}, at the end {ends}", facts)
 
 
+def timeline(folder: Path, out: Path) -> Picture:
+    """Draws the step that --profile recorded."""
+    step = read_json(folder, TIMELINE)
+    try:
+        draw_timeline(step, out / "timeline.png")
+        waits = ", ".join(
+            f"rank {rank['rank']} waits {1e3 * rank['exposed_seconds']:.1f} of its "
+            f"{1e3 * rank['seconds']:,.0f} ms for its peers' activations"
+            for rank in step["ranks"]
+        )
+        sent = sum(message["bytes"] for message in step["messages"] if message["from"] == 0)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / TIMELINE}: not a recorded step ({error!r})") from None
+    facts = {"step": step["step"], "bytes": sent, "messages": len(step["messages"])}
+    return Picture(
+        out / "timeline.png",
+        f"step {step['step']}: rank 0 sends {readable_bytes(sent)}; {waits}",
+        facts | {"exposed_seconds": [rank["exposed_seconds"] for rank in step["ranks"]]},
+    )
+
+
 def samples(run: FinishedRun, out: Path) -> Picture:
     """Draws training images with their classes."""
     store = run.sample(run.splits.train, SAMPLES, "samples")
@@ -179,6 +235,37 @@ def predictions(run: FinishedRun, out: Path, count: int) -> Picture:
         f"{len(store)} test images; {correct} correct, {among} with their class among the best "
         f"{best.shape[1]}",
         {"images": len(store), "correct": correct, "among_best": among},
+    )
+
+
+def confusion(run: FinishedRun, out: Path) -> Picture:
+    """Draws what the worst classes of the test images are taken for."""
+    store = run.splits.test
+    answers = [logits.argmax(1).cpu() for logits, _ in run.logits_and_fc7(store, "all test images")]
+    labels, predicted = torch.from_numpy(store.labels), torch.cat(answers)
+    worst = worst_classes(labels, predicted, WORST)
+    draw_confusion(worst, run.classes, out / "confusion.png")
+    named = [class_name(run.classes, one.label) for one in worst]
+    return Picture(
+        out / "confusion.png",
+        f"the {len(worst)} classes with the most errors among {len(store):,} test images; "
+        f"{named[0]} is right in {worst[0].correct / worst[0].images:.1%}",
+        {
+            "images": len(store),
+            "correct": int((labels == predicted).sum()),
+            "classes": [
+                {
+                    "class": name,
+                    "images": one.images,
+                    "correct": one.correct,
+                    "taken_for": {
+                        class_name(run.classes, label): count
+                        for label, count in one.taken_for.items()
+                    },
+                }
+                for name, one in zip(named, worst, strict=True)
+            ],
+        },
     )
 
 

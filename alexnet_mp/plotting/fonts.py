@@ -69,6 +69,11 @@ def fit_text(text: str, inches: float, size: float) -> str:
     return "".join(pieces[:taken]).rstrip() + "…"
 
 
+def text_width(text: str, size: float) -> float:
+    """The inches that `text` takes on one line at `size` points."""
+    return sum(_width(_piece(character)) for character in text) * size / 72
+
+
 def _piece(character: str) -> str:
     if character == "$":
         return DOLLAR

@@ -12,10 +12,10 @@ from torch import Tensor
 from alexnet_mp.plotting.fonts import fit_text, font_families
 
 
-def save_figure(figure: Figure, path: str | Path | None) -> Figure:
+def save_figure(figure: Figure, path: str | Path | None, pixels_per_inch: int = 120) -> Figure:
     """Returns `figure` and writes it to `path`, unless that is None."""
     if path is not None:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=pixels_per_inch, pil_kwargs={"optimize": True})
     return figure
 
 

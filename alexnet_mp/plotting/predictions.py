@@ -45,11 +45,11 @@ def draw_predictions(
     )
     for n, (x, y) in enumerate(places):
         label = int(labels[n])
-        page.image(x, y, side, images[n], _class_name(classes, label), size=9)
+        page.image(x, y, side, images[n], class_name(classes, label), size=9)
         axes = page.axes(x, y + side + 0.28, side, count * BAR_HEIGHT)
         found = best.indices[n, :count].tolist()
         colors = [CORRECT_COLOR if k == label else OTHER_COLOR for k in found]
-        names = [fit_text(_class_name(classes, k), inches=side - 0.45, size=8) for k in found]
+        names = [fit_text(class_name(classes, k), inches=side - 0.45, size=8) for k in found]
         _draw_bars(axes, best.values[n, :count].tolist(), colors, names)
     return save_figure(page.figure, path)
 
@@ -61,7 +61,7 @@ def _draw_bars(
     axes.barh(range(len(values)), values, height=0.86, color=colors)
     for row, (name, value) in enumerate(zip(names, values, strict=True)):
         axes.text(0.02, row, name, va="center", size=8, family=font_families())
-        axes.text(0.98, row, f"{value:.0%}", va="center", ha="right", size=7, color="#555555")
+        axes.text(0.98, row, f"{value:.0%}", va="center", ha="right", size=7, color="#333333")
     axes.set(xlim=(0, 1), ylim=(len(values) - 0.5, -0.5), xticks=[], yticks=[])
     axes.spines[:].set_color("lightgray")
 
@@ -95,7 +95,7 @@ def draw_neighbors(
     for n, (x, y) in enumerate(places):
         label = None if query_labels is None else int(query_labels[n])
         page.image(
-            x, y, side, queries[n], "" if label is None else _class_name(classes, label), size=8
+            x, y, side, queries[n], "" if label is None else class_name(classes, label), size=8
         )
         for k in range(neighbors.shape[1]):
             theirs = None if neighbor_labels is None else int(neighbor_labels[n, k])
@@ -104,7 +104,7 @@ def draw_neighbors(
                 y,
                 side,
                 neighbors[n, k],
-                "" if theirs is None else _class_name(classes, theirs),
+                "" if theirs is None else class_name(classes, theirs),
                 f"{distances[n, k]:#.3g}".rstrip("."),
                 size=8,
             )
@@ -133,10 +133,10 @@ def draw_samples(
         len(images), per_row, side + 0.12, side + 0.3, "Training images and their classes"
     )
     for n, (x, y) in enumerate(places):
-        page.image(x, y, side, images[n], _class_name(classes, int(labels[n])), size=8)
+        page.image(x, y, side, images[n], class_name(classes, int(labels[n])), size=8)
     return save_figure(page.figure, path)
 
 
-def _class_name(classes: Sequence[str], label: int) -> str:
+def class_name(classes: Sequence[str], label: int) -> str:
     """The name of class `label`, or its number where the network has more classes than the data."""
     return classes[label] if label < len(classes) else f"class {label}"

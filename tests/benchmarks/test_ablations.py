@@ -340,7 +340,7 @@ def test_with_fit_as_many_epochs_are_trained_as_the_time_holds(
     tiny, tmp_path, monkeypatch, capsys
 ) -> None:
     """20 seconds whatever the epochs and 250 an epoch: 0.9 * 1000 seconds hold three."""
-    made = pools.Estimate({"original": 0.1}, 1.0, 20.0, 250.0)
+    made = pools.Estimate({"original": 0.1}, 1.0, 20.0, 250.0, 100.0)
     monkeypatch.setattr(pools.Pool, "estimate", lambda self, missing: made)
     asked = claims.ClaimsRequest(
         claims=("color",), epochs=8, seeds=1, time_limit=1000, fit=True, out=str(tmp_path)
@@ -351,6 +351,12 @@ def test_with_fit_as_many_epochs_are_trained_as_the_time_holds(
     table.train()
     assert "--fit: 3 epochs, not 8: about 0:12:50" in capsys.readouterr().out
     assert [one.config.recipe.epochs for one in table.order(table.request)] == [3, 3]
+
+
+def test_no_number_of_jobs_makes_the_longest_training_shorter() -> None:
+    made = pools.Estimate({"original": 0.1}, 1.0, fixed=10.0, per_epoch=20.0, longest=50.0)
+    assert made.seconds(4) == 200 and made.epochs_within(210) == 4
+    assert made.epochs_within(0) == 1
 
 
 def test_images_are_resized_once_for_all_trainings(tiny, tmp_path, monkeypatch) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ranks import process_group, run
 
 from alexnet_mp import AlexNet, ModelConfig, preset
+from alexnet_mp.ops.cpu_library import unavailable_reason
 from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.parallel.exchange import GroupLink
 
@@ -139,8 +140,8 @@ def test_rings_within_and_between_nodes_send_as_much_as_one_ring(size: int) -> N
     assert sent == pytest.approx(2 * 15 / 16 * count)
 
 
+@pytest.mark.skipif(bool(unavailable_reason()), reason="the fused layers need a C++ compiler")
 def test_activations_are_what_autograd_keeps_of_each_image() -> None:
-    """Within 5 %: the model leaves out the wide indices of conv5's pool, which torch does alone."""
     network = AlexNet(PAPER, seed=0).train().to(memory_format=torch.channels_last)
     parameters = {value.untyped_storage().data_ptr() for value in network.parameters()}
     kept: dict[int, int] = {}
@@ -154,7 +155,7 @@ def test_activations_are_what_autograd_keeps_of_each_image() -> None:
     images = torch.zeros(2, 3, 224, 224).to(memory_format=torch.channels_last)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         logits = network(images, dropout_keys(0, 0, torch.arange(2)))
-    assert model().activation_bytes(1) == pytest.approx(sum(kept.values()) / 2, rel=0.05)
+    assert model().activation_bytes(1) == sum(kept.values()) / 2
     assert logits.shape == (2, 1000)
 
 
@@ -211,8 +212,8 @@ def test_measured_rows_are_predicted_from_the_one_device_row(monkeypatch, capsys
         *("--nodes", "1"),
     )
     rows = {row["row"]: row for row in found["check"]}
-    assert set(rows) == {"two", "data-parallel"} and abs(rows["two"]["error"]) < 0.15
-    assert rows["data-parallel"]["error"] > 0.15 and "gloo copies and sums" in text
+    assert set(rows) == {"two", "data-parallel"} and "off by" not in text
+    assert all(abs(row["error"]) < 0.15 for row in found["check"])
 
 
 def test_published_prints_both_machines_and_the_reason(monkeypatch, capsys) -> None:

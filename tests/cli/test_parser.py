@@ -105,6 +105,7 @@ def checkpoint_file(tmp_path):
         column_ranks=1,
         profile=True,
         max_steps=10,
+        accumulate=4,
     )
     path = tmp_path / "last.pt"
     torch.save(
@@ -154,6 +155,7 @@ def test_resume_continues_the_checkpoints_configuration_on_this_machine(checkpoi
         ["--data", "cifar10"],
         ["--precision", "bf16"],
         ["--batch-size", "64"],
+        ["--lr-scale", "linear"],
     ],
 )
 def test_resume_refuses_a_flag_that_would_make_it_another_run(
@@ -161,6 +163,12 @@ def test_resume_refuses_a_flag_that_would_make_it_another_run(
 ) -> None:
     with pytest.raises(UsageError, match=f"{argv[0]} {argv[1]}: .*last.pt was trained with"):
         parse_train(["--resume", str(checkpoint_file), *argv])
+
+
+def test_resume_goes_on_in_as_many_parts_as_before_or_as_asked(checkpoint_file) -> None:
+    resume = ["--resume", str(checkpoint_file)]
+    assert parse_train(resume).run.accumulate == 4
+    assert parse_train([*resume, "--accumulate", "2"]).run.accumulate == 2
 
 
 def test_resume_takes_the_flags_that_the_run_already_had(checkpoint_file) -> None:
@@ -231,6 +239,16 @@ def test_a_data_dir_alone_is_taken_as_it_is(tmp_path, capsys, path: str, kind: s
     config = parse_train(["--data-dir", str(tmp_path)])
     assert config == preset("demo").with_fields(data=kind, data_dir=str(tmp_path))
     assert capsys.readouterr().out == f"--data-dir {tmp_path}: taken as --data {kind}\n"
+
+
+@pytest.mark.parametrize("name", ["set.tar.gz", "set.zip", "train-0.parquet"])
+def test_an_archive_alone_is_taken_as_images_without_being_read(
+    tmp_path, capsys, name: str
+) -> None:
+    (tmp_path / name).touch()  # what is wrong in it is found when it is listed, by one rank
+    config = parse_train(["--data-dir", str(tmp_path / name)])
+    assert config.data.data == "folder"
+    assert capsys.readouterr().out == f"--data-dir {tmp_path / name}: taken as --data folder\n"
 
 
 def test_a_preset_for_folders_takes_a_packed_one_too(tmp_path, capsys) -> None:

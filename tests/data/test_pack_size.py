@@ -6,8 +6,9 @@ import pytest
 from image_sets import write_image
 
 from alexnet_mp.data import pack_size
-from alexnet_mp.data.image_folder import Listing, list_split
+from alexnet_mp.data.image_folder import list_split
 from alexnet_mp.data.image_sets import list_source
+from alexnet_mp.data.listing import Listing
 from alexnet_mp.data.pack_size import estimated_bytes, size_text
 
 

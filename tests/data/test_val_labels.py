@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from image_sets import make_folder, write_image
 
-from alexnet_mp.data.image_folder import Listing
 from alexnet_mp.data.image_sets import list_source
+from alexnet_mp.data.listing import Listing
 
 CLASSES = ("n01440764", "n01443537", "n02007558")
 VAL = [f"ILSVRC2012_val_0000000{k}" for k in range(1, 7)]

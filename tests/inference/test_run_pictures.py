@@ -61,6 +61,7 @@ FILES = [
     "compare.png",
     "samples.png",
     "predictions.png",
+    "confusion.png",
     "neighbors.png",
 ]
 
@@ -106,10 +107,11 @@ def test_the_command_draws_a_finished_runs_pictures_and_says_what_is_to_be_seen(
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert (
         list(facts) == [Path(name).stem for name in FILES]
-        and [fact["caption"] in done.stdout for fact in facts.values()] == [True] * 6
+        and [fact["caption"] in done.stdout for fact in facts.values()] == [True] * 7
     )
     assert [len(scores) for scores in facts["kernels"]["color_selectivity_of_kernels"]] == [4, 4]
     assert facts["curves"]["epochs"] == 2 and facts["predictions"]["images"] == 5
+    assert facts["confusion"]["images"] == 40
     assert facts["neighbors"]["searched"] == 72 and facts["neighbors"]["neighbors"] == 30
 
 
@@ -153,6 +155,7 @@ def test_a_run_that_stopped_in_its_first_epoch_has_all_pictures_but_the_curves(t
         "kernels.png",
         "samples.png",
         "predictions.png",
+        "confusion.png",
         "neighbors.png",
     ]
 
