@@ -20,8 +20,8 @@ from alexnet_mp.ops.dropout import dropout_keys
 from alexnet_mp.ops.precision import autocast
 from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.parallel.launcher import Environment
-from alexnet_mp.parallel.rendezvous import meet
 from alexnet_mp.parallel.meter import TRAINING
+from alexnet_mp.parallel.rendezvous import meet
 from alexnet_mp.training.sgd2012 import build_optimizer
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

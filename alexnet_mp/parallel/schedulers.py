@@ -80,9 +80,12 @@ def translated(variables: Mapping[str, str]) -> dict[str, str]:
         return dict(variables)
     if found.get("LOCAL_WORLD_SIZE") == found["WORLD_SIZE"]:
         found["MASTER_ADDR"] = "127.0.0.1"
-    elif launcher is SLURM and variables.get("SLURM_DISTRIBUTION") != "arbitrary":
-        if host := first_host(variables.get("SLURM_STEP_NODELIST", "")):
-            found["MASTER_ADDR"] = host
+    elif (
+        launcher is SLURM
+        and variables.get("SLURM_DISTRIBUTION") != "arbitrary"
+        and (host := first_host(variables.get("SLURM_STEP_NODELIST", "")))
+    ):
+        found["MASTER_ADDR"] = host
     found["MASTER_PORT"] = str(_port(launcher, variables))
     return found | dict(variables)
 
