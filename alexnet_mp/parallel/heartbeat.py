@@ -121,6 +121,9 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         number, last = 0, time.monotonic()
+        if self.store is not None and self.rank != 0:
+            with contextlib.suppress(RuntimeError, ValueError):
+                self._process(0)  # later, its store may be gone
         while not self._ended.wait(self.interval):
             if self.launcher is not None and os.getppid() != self.launcher:
                 return self._orphaned()
@@ -245,8 +248,14 @@ class Heartbeat(threading.Thread):
                 self.store_lost = True
         # The others are out of reach: print it, but once.
         said, self._said = self._said, True
-        alike = self.local_rank > 0 and message == self.why_store_is_lost()
+        alike = not self._speaks_for_host() and message == self.why_store_is_lost()
         return not said and not alike, message
+
+    def _speaks_for_host(self) -> bool:
+        """Whether this is the first rank of its host that lives when the store is gone."""
+        beside_rank0 = 0 in self._who and self._who[0]["host"] == host_identity()
+        first = 1 if self.own_store and beside_rank0 else 0
+        return self.local_rank == first
 
     def wait_for_cause(self, seconds: float) -> str | None:
         """The posted cause, should there be one within `seconds`."""
