@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -206,10 +207,21 @@ def _connect(environment: Environment, timeout: float, master: bool) -> Store:
     try:
         found = answer.get(timeout=timeout + 1)
     except queue.Empty:
-        raise RuntimeError("another program seems to have this port") from None
+        raise RuntimeError(_why_no_store(environment)) from None
+    if isinstance(found, dist.DistError) and not master:
+        raise RuntimeError(_why_no_store(environment)) from None
     if isinstance(found, Exception):
         raise found
     return cast("Store", found)
+
+
+def _why_no_store(environment: Environment) -> str:
+    """Why a store that did not answer in time did not."""
+    try:
+        socket.create_connection((environment.address, environment.port), timeout=1).close()
+    except OSError as error:
+        return f"{error.strerror or error}: is rank 0 running there?"
+    return "another program seems to have this port"
 
 
 def prefixed(prefix: str, store: Store) -> Store:

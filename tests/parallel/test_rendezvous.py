@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -54,6 +55,21 @@ def test_ranks_of_one_host_are_numbered_in_rank_order() -> None:
 def test_a_launchers_own_numbers_are_kept() -> None:
     environment = Environment(3, 4, 1, 2)
     assert number_local_ranks(environment, ["a"] * 4) is environment
+
+
+# --- a store that does not answer
+
+
+def test_a_port_where_nobody_listens_is_told_from_one_that_another_program_has() -> None:
+    with socket.socket() as program:
+        program.bind(("127.0.0.1", 0))
+        port = program.getsockname()[1]
+        rank1 = Environment(1, 2, 1, 2, "127.0.0.1", port)
+        with pytest.raises(ValueError, match="Connection refused: is rank 0 running there"):
+            rendezvous.rendezvous(rank1, timeout=0.5)
+        program.listen()
+        with pytest.raises(ValueError, match="another program seems to have this port"):
+            rendezvous.rendezvous(rank1, timeout=0.5)
 
 
 # --- what must agree
