@@ -21,6 +21,7 @@ from alexnet_mp.ops.precision import autocast
 from alexnet_mp.parallel.context import init_parallel
 from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.parallel.meter import TRAINING
+from alexnet_mp.parallel.rendezvous import meet
 from alexnet_mp.training.sgd2012 import build_optimizer
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -130,9 +131,8 @@ class Worker:
             column_ranks=row.column_ranks,
             timeout=600.0,
         )
-        self.context = init_parallel(
-            config, Environment(rank, ranks, rank, ranks, "127.0.0.1", port)
-        )
+        place = Environment(rank, ranks, rank, ranks, "127.0.0.1", port)
+        self.context = init_parallel(config, meet(config.run.timeout, place))
         self.device = self.context.device
         if row.keeps and self.device.type == "cpu":
             keep_freed_memory()

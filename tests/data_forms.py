@@ -64,9 +64,17 @@ def make_shards(folder: Path, target: Path, each: int = 50, classes: bool = True
 
 
 def make_parquet(
-    folder: Path, target: Path, each: int = 80, group: int = 16, names: list[str] | None = None
+    folder: Path,
+    target: Path,
+    each: int = 80,
+    group: int = 16,
+    names: list[str] | None = None,
+    extension: bool = True,
 ) -> Path:
-    """Parquet files of all splits as `datasets` writes them, image {bytes, path} and label."""
+    """Parquet files of all splits as `datasets` writes them, image {bytes, path} and label.
+
+    Without `extension` a path is only the name before it.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -77,12 +85,16 @@ def make_parquet(
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", image), ("label", pa.int64())], {"huggingface": about})
     (target / "data").mkdir(parents=True, exist_ok=True)
+
+    def name_of(path: Path) -> str:
+        return path.name if extension else path.stem
+
     for split in sorted(path.name for path in folder.iterdir()):
         samples = list(samples_of(folder / split, seed=2))
         starts = range(0, len(samples), each)
         for number, start in enumerate(starts):
             rows = [
-                {"image": {"bytes": path.read_bytes(), "path": path.name}, "label": label}
+                {"image": {"bytes": path.read_bytes(), "path": name_of(path)}, "label": label}
                 for label, path in samples[start : start + each]
             ]
             name = {"val": "validation"}.get(split, split)

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from alexnet_mp.parallel.schedulers import adopt
+
 COMMANDS = {
     # name: (module, what it does)
     "train": ("alexnet_mp.cli.train", "train a network, under torchrun on several ranks"),
@@ -40,6 +42,9 @@ def main(argv: Sequence[str]) -> NoReturn:
 
 def run_command(name: str, argv: Sequence[str]) -> NoReturn:
     """Runs the command `name` with the flags `argv`, and ends the process with its exit code."""
+    adopt()  # all that asks for RANK finds it, whoever started this process
+    # A lost rank is one line of ours, not that and torch's C++ frames. torch reads this at import.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         command = load_command(name)
         from alexnet_mp.cli.process import run_main

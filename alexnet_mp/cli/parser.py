@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -22,7 +22,7 @@ from alexnet_mp.cli.flags import (
     split_flags,
     usage_errors,
 )
-from alexnet_mp.config import PRESETS, Config
+from alexnet_mp.config import PRESETS, Config, RunConfig
 from alexnet_mp.config.arguments import (
     EvaluateRequest,
     FiguresRequest,
@@ -33,7 +33,8 @@ from alexnet_mp.config.presets import preset
 from alexnet_mp.config.renamed import refuse_old_spellings
 from alexnet_mp.data.dataset_packer import unfinished
 from alexnet_mp.data.image_sets import check_form
-from alexnet_mp.parallel.launcher import launcher, restarts
+from alexnet_mp.parallel.launcher import Environment, launcher, names_job, restarts
+from alexnet_mp.parallel.rendezvous import Meeting
 from alexnet_mp.training.checkpoint import read_to_resume
 
 LAST = "last"
@@ -118,21 +119,32 @@ class _Peek:
     out: str | None = None
     data: str | None = None
     data_dir: str | None = None
+    timeout: float | None = None
 
 
-def parse_train(argv: Sequence[str]) -> Config:
-    """The configuration that `argv` asks for.
+def parse_timeout(argv: Sequence[str]) -> float:
+    """How long ranks wait for each other before any other flag of `argv` is read, in seconds."""
+    with usage_errors():
+        asked = split_flags(_Peek, argv)[0].timeout
+    return asked if asked and asked > 0 else RunConfig.timeout
 
+
+def parse_train(argv: Sequence[str], meeting: Meeting | None = None) -> Config:
+    """The configuration that `argv` asks for, on one rank or on those of `meeting`.
+
+    Rank 0 alone looks for a checkpoint to continue and reads it: other hosts may not have it.
     Raises UsageError with one line that names the flag, and SystemExit(0) after --help.
     """
+    meeting = meeting or Meeting(Environment())
     # torch.distributed.launch adds this flag; it is in the environment too.
     words = [word for word in argv if not re.fullmatch("--local[-_]rank=[0-9]+", word)]
     with usage_errors():
         refuse_old_spellings(words)
         resumed, words = split_flags(_Resume, words)
         peek, _ = split_flags(_Peek, words)
-        resume = _after_restart(peek.out) or resumed.resume
-        base, checkpoint = _base(peek, resume)
+        found = meeting.ask_rank0(lambda: _find_checkpoint(peek, resumed.resume, meeting))
+        _refuse_another_resume(resumed.resume, found["asked"])
+        base, checkpoint = _base(peek, found)
         config = parse_dataclass(Config, words, _train_help(), base)
         if checkpoint is None:
             config = _with_found_data(config, peek)
@@ -177,19 +189,43 @@ def stored_config(path: Path) -> Config:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _base(peek: _Peek, resume: str) -> tuple[Config, Path | None]:
+def _find_checkpoint(peek: _Peek, asked: str, meeting: Meeting) -> dict[str, Any]:
+    """The checkpoint that the run continues ("" for a new run) and the configuration in it."""
+    path = _after_restart(peek.out, meeting.start)
+    if path is None and asked:
+        if asked == LAST and not peek.out:
+            raise ValueError(
+                "--resume alone means OUT/last.pt: name the run's folder with --out, "
+                "or the file with --resume FILE"
+            )
+        path = Path(peek.out or "", "last.pt") if asked == LAST else Path(asked)
+    if path is None:
+        return {"asked": asked, "checkpoint": "", "config": {}}
+    try:
+        stored = stored_config(path)
+    except FileNotFoundError as error:
+        if len(set(meeting.hosts)) == 1:
+            raise
+        host = meeting.hosts[0].partition(" ")[0]
+        raise FileNotFoundError(f"{error} on {host}, where rank 0 reads it") from None
+    return {"asked": asked, "checkpoint": str(path), "config": stored.to_dict()}
+
+
+def _refuse_another_resume(mine: str, of_rank0: str) -> None:
+    if mine != of_rank0:
+        raise ValueError(
+            f"this rank differs from rank 0 in --resume: {of_rank0 or 'not given'} on rank 0, "
+            f"{mine or 'not given'} here"
+        )
+
+
+def _base(peek: _Peek, found: dict[str, Any]) -> tuple[Config, Path | None]:
     """The configuration that the flags change, and the checkpoint that it comes from, if it is not
     a preset's.
     """
-    if not resume:
+    if not found["checkpoint"]:
         return preset(peek.preset or "demo"), None
-    if resume == LAST and not peek.out:
-        raise ValueError(
-            "--resume alone means OUT/last.pt: name the run's folder with --out, "
-            "or the file with --resume FILE"
-        )
-    path = Path(peek.out or "", "last.pt") if resume == LAST else Path(resume)
-    stored = stored_config(path)
+    path, stored = Path(found["checkpoint"]), Config.from_dict(found["config"])
     if peek.preset is not None and peek.preset != stored.preset:
         raise ValueError(
             f"--preset {peek.preset}: {path} was trained with --preset {stored.preset}; "
@@ -199,9 +235,19 @@ def _base(peek: _Peek, resume: str) -> tuple[Config, Path | None]:
     return stored.with_fields(resume=str(path), out=out, **MACHINE_DEFAULTS), path
 
 
-def _after_restart(out: str | None) -> str | None:
-    """OUT/last.pt where torchrun (--max-restarts) starts ranks again whose job has written it."""
-    if not restarts() or not out or not Path(out, "last.pt").exists():
+def _after_restart(out: str | None, start: int) -> Path | None:
+    """OUT/last.pt where torchrun starts the ranks of a job again that has written it.
+
+    It does so after a failure (--max-restarts), and when a node joins, which it does not count as a
+    restart: there the job's --rdzv-id tells, or `start`, counted from 1.
+    """
+    again = restarts() > 0 or start > 1
+    if not again and not names_job():
+        return None
+    if not out or not Path(out, "last.pt").exists():
+        if again:
+            missing = f"{Path(out, 'last.pt')} is not there" if out else "no --out is named"
+            print(f"started again by torchrun, from the beginning: {missing}", flush=True)
         return None
     try:
         content = json.loads(Path(out, "config.json").read_text(encoding="utf-8"))
@@ -209,7 +255,7 @@ def _after_restart(out: str | None) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     # Another run's folder is not continued; the first start has refused it too.
-    return str(Path(out, "last.pt")) if same_job else None
+    return Path(out, "last.pt") if same_job else None
 
 
 def _with_found_data(config: Config, peek: _Peek) -> Config:

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from alexnet_mp.config.command import typed_program
 from alexnet_mp.config.files import OUT_OF_SPACE
 from alexnet_mp.parallel import failure, heartbeat
-from alexnet_mp.parallel.launcher import Environment
 from alexnet_mp.training.step_sync import NonFiniteError
 from alexnet_mp.training.trainer import Trainer
 
@@ -138,11 +137,11 @@ class _SurvivingStream(io.TextIOBase):
 
 
 def refuse_several_ranks(command: str) -> None:
-    """Raises ValueError under torchrun: `command` is one process."""
-    if Environment.read().world_size > 1:
+    """Raises ValueError where a launcher started several: `command` is one process."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
             f"{typed_program(command)} is one process, which uses all cores: "
-            "start it with python, not with torchrun"
+            "start it with python, not with torchrun, srun or mpirun"
         )
 
 
@@ -226,8 +225,8 @@ def _fail_with_peer(heart: heartbeat.Heartbeat, error: RuntimeError) -> int:
     if cause is not None:
         failure.tell_torchrun(cause)
         return 1
-    if heart.store_lost and heart.own_store:
-        return fail(heartbeat.WITHOUT_STORE, 1, alike=True)
+    if heart.store_lost and (reason := heart.why_store_is_lost()):
+        return fail(reason, 1, alike=True)
     lost = f"lost another rank, or it did not answer within --timeout ({_first_line(error)})"
     return fail(failure.explain_nccl_error(error) or lost, 1)
 

@@ -118,7 +118,7 @@ def validation_classes(devkit: Path, val: Folder) -> dict[str, str]:
     except ValueError:
         raise ValueError(f"--devkit {devkit}: {TRUTH} is not a number a line") from None
     if lacking := sorted(set(numbers) - set(wnids)):
-        raise ValueError(f"--devkit {devkit}: {SYNSETS} has no synset with number {lacking[0]}")
+        raise ValueError(f"--devkit {devkit}: {SYNSETS} has no leaf with number {lacking[0]}")
     names = image_names(val)
     found = {}
     for place, name in enumerate(names):

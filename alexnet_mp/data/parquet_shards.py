@@ -68,28 +68,28 @@ class ParquetImages(Contents):
             for group in range(opened.num_row_groups):
                 count = opened.metadata.row_group(group).num_rows
                 if np.diff(np.searchsorted(wanted, (first, first + count))).any():
-                    yield from self._stream_group(opened, group, first, number_of)
+                    batches = opened.iter_batches(BATCH, row_groups=[group], columns=[self.column])
+                    yield from self._stream_group(path, batches, first, number_of)
                 first += count
 
     def _stream_group(
-        self, opened: Any, group: int, first: int, number_of: Mapping[int, int]
+        self, path: Path, batches: Iterator[Any], first: int, number_of: Mapping[int, int]
     ) -> Iterator[tuple[int, bytes]]:
         row, inner = first, self.column.partition(".")[2]
-        batches = opened.iter_batches(BATCH, row_groups=[group], columns=[self.column])
-        while (batch := self._next(batches, group)) is not None:
+        while (batch := self._next(path, batches)) is not None:
             values = batch.column(0).field(inner) if inner else batch.column(0)
             for place in range(len(values)):
                 if (number := number_of.get(row + place)) is not None:
                     yield number, values[place].as_py() or b""
             row += len(values)
 
-    def _next(self, batches: Iterator[Any], group: int) -> Any:
+    def _next(self, path: Path, batches: Iterator[Any]) -> Any:
         try:
             return next(batches, None)
         except (importlib.import_module("pyarrow").ArrowException, OSError) as error:
             raise ValueError(
-                f"{self.files[0].parent}: row group {group} of a file cannot be read, download it "
-                f"again ({' '.join(str(error).split())})"
+                f"{path}: rows of it cannot be read, download it again "
+                f"({' '.join(str(error).split())})"
             ) from None
 
     def sample(self, count: int, total: int) -> list[Readable]:

@@ -58,7 +58,7 @@ def fields(config: Config) -> dict[str, Any]:
 
 
 def changed_fields(config: Config) -> dict[str, tuple[Any, Any]]:
-    """Field -> (its value, its preset's), where they differ."""
+    """Field -> (its value, its preset's), where they differ. ValueError for an unknown preset."""
     own, named = fields(config), fields(preset(config.preset))
     return {name: (own[name], named[name]) for name in own if own[name] != named[name]}
 

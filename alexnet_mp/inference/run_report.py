@@ -148,12 +148,16 @@ def one_line(error: BaseException) -> str:
 
 def _configuration(run: FinishedRun, environment: Mapping[str, Any]) -> Section:
     config = run.config
-    changed = changed_fields(config)
+    every = [[name, readable(value)] for name, value in fields(config).items()]
+    try:
+        changed = changed_fields(config)
+    except ValueError as error:  # a preset of the user's own, which is not here
+        table = ReportTable(["field", "value"], every)
+        return Section("Configuration", missing=[f"the command: {one_line(error)}"], tables=[table])
     rows = [
         [flag(name, value)[0], readable(value), readable(before)]
         for name, (value, before) in changed.items()
     ]
-    every = [[name, readable(value)] for name, value in fields(config).items()]
     differ = ReportTable(["flag", "this run", f"preset {config.preset}"], rows)
     return Section(
         "Configuration",

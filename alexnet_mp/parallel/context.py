@@ -28,14 +28,10 @@ from alexnet_mp.parallel.collectives import Collectives
 from alexnet_mp.parallel.devices import choose_device, device_name, set_threads, tf32
 from alexnet_mp.parallel.exchange import GroupLink
 from alexnet_mp.parallel.heartbeat import Heartbeat
-from alexnet_mp.parallel.launcher import Environment, launcher
-from alexnet_mp.parallel.rendezvous import (
-    number_local_ranks,
-    prefixed,
-    rendezvous,
-    shake_hands,
-    start_heartbeat,
-)
+from alexnet_mp.parallel.launcher import launcher
+from alexnet_mp.parallel.lifeline import Lifeline
+from alexnet_mp.parallel.placement import choose_column_ranks, describe_copy, spanning_copy
+from alexnet_mp.parallel.rendezvous import Meeting, meet, prefixed, shake_hands
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -60,6 +56,10 @@ class ParallelContext(Collectives):
     threads: int = 1
     mesh: DeviceMesh | None = None
     heart: Heartbeat | None = None
+    lifeline: Lifeline | None = None
+    """To the next rank, where ranks run on several hosts."""
+    hosts: tuple[str, ...] = ("",)
+    """Of each rank, the host."""
     status: str = "starting"
     """The current activity. The peers print it if this rank falls silent."""
     wire: torch.dtype | None = None
@@ -115,6 +115,8 @@ class ParallelContext(Collectives):
 
     def close(self) -> None:
         """Leaves the process group; without it torch warns and some backends hang at exit."""
+        if self.lifeline is not None:
+            self.lifeline.stop()
         if self.heart is not None:
             self.heart.stop()
             self.heart = None
@@ -123,60 +125,34 @@ class ParallelContext(Collectives):
             self.control = self.no_timeout_group = None
 
 
-def choose_column_ranks(columns: int, world_size: int, asked: int = 0) -> int:
-    """How many ranks share one copy of a network of `columns` columns.
-
-    Default: the largest divisor of `columns` that divides `world_size`, but never 1 in a larger
-    world with two or more columns: that is data parallelism, which has to be asked for. ValueError
-    names the sizes that work.
-    """
-    divisors = [n for n in range(1, columns + 1) if columns % n == 0]
-    if asked:
-        if asked not in divisors:
-            raise ValueError(
-                f"--column-ranks {asked}: {columns} columns divide among "
-                f"{', '.join(map(str, divisors))} ranks"
-            )
-        if world_size % asked:
-            raise ValueError(
-                f"--column-ranks {asked}: {world_size} ranks do not divide into groups of {asked}; "
-                f"--nproc_per_node must be a multiple of {asked}"
-            )
-        return asked
-    best = max(n for n in divisors if world_size % n == 0)
-    if best == 1 and world_size > 1 and columns > 1:
-        raise ValueError(
-            f"{world_size} ranks cannot share {columns} columns: --nproc_per_node must be 1 or a "
-            f"multiple of {' or '.join(str(n) for n in divisors[1:])} "
-            "(or --column-ranks 1 for pure data parallelism)"
-        )
-    return best
-
-
-def init_parallel(config: Config, environment: Environment | None = None) -> ParallelContext:
+def init_parallel(config: Config, meeting: Meeting | None = None) -> ParallelContext:
     """Finds this rank's place and, with more than one rank, makes the groups.
 
-    ValueError where that cannot be. All that can be refused is refused before the first collective,
-    and nothing before it waits longer than `--timeout`.
+    The ranks meet first, unless they have done so: then `meeting` is theirs. ValueError where a
+    place cannot be. All that can be refused is refused before the first collective, and nothing
+    before it waits longer than `--timeout`.
     """
-    environment = environment or Environment.read()
     columns, run = config.model.columns, config.run
-    column_ranks = choose_column_ranks(columns, environment.world_size, run.column_ranks)
+    meeting = meeting or meet(run.timeout)
+    environment, store = meeting.environment, meeting.store
+    column_ranks = choose_column_ranks(
+        columns, environment.world_size, run.column_ranks, meeting.hosts
+    )
     context = ParallelContext(
         environment,
         torch.device("cpu"),
         (),
         column_ranks=column_ranks,
         timeout=run.timeout,
+        heart=meeting.heart,
+        hosts=meeting.hosts,
         wire=None if run.exchange_precision == "same" else DTYPES[run.exchange_precision],
     )
+    if context.heart is not None:
+        context.heart.status = lambda: context.status
     share = columns // column_ranks
     first = context.column_rank * share
     context.columns = tuple(range(first, first + share))
-    store = rendezvous(environment, run.timeout) if environment.world_size > 1 else None
-    if store is not None:
-        context.environment = environment = number_local_ranks(store, environment)
-    context.heart = start_heartbeat(environment, run.timeout, lambda: context.status)
     context.device = choose_device(run.device, environment)
     if context.device.type == "cuda":
         torch.cuda.set_device(context.device)  # before any group: NCCL binds to the current device
@@ -191,6 +167,15 @@ def init_parallel(config: Config, environment: Environment | None = None) -> Par
         return context
     context.backend = shake_hands(store, environment, context.device, config)
     _make_groups(context, prefixed("world", store))
+    if context.heart is not None and len(set(context.hosts)) > 1:
+        assert context.no_timeout_group is not None
+        context.lifeline = Lifeline(
+            context.no_timeout_group,
+            context.rank,
+            context.world_size,
+            context.heart.notice_closed,
+        )
+        context.lifeline.start()
     return context
 
 
@@ -232,6 +217,17 @@ def _new_group(
     return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout, backend=backend))
 
 
+def note_on_hosts(context: ParallelContext) -> str:
+    """A line for people where a copy of the network spans hosts, or ""."""
+    ranks = spanning_copy(context.hosts, context.column_ranks)
+    if not ranks:
+        return ""
+    return (
+        f"note: {describe_copy(context.hosts, ranks)}, so its activations cross the network at "
+        "each step (--column-ranks 1 sends gradients instead)"
+    )
+
+
 def describe(context: ParallelContext) -> dict[str, Any]:
     """Versions, devices and placement for config.json."""
     return {
@@ -241,6 +237,7 @@ def describe(context: ParallelContext) -> dict[str, Any]:
         "device_name": device_name(context.device),
         "backend": context.backend,
         "ranks": context.world_size,
+        "hosts": len(set(context.hosts)),
         "column_ranks": context.column_ranks,
         "data_ranks": context.data_ranks,
         "threads": context.threads,

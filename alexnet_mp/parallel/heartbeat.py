@@ -1,10 +1,11 @@
 """Ranks watch each other; when one is lost, all end and one cause is printed.
 
 Every rank has a thread that writes a beat to the store about once a second and reads the others'.
-A rank whose process is gone is noticed at once where it ran on this host; one that is frozen
-(stopped, stuck in the kernel, on a machine that has gone) once it has been silent for three
-quarters of `--timeout`. A rank that works long is not silent: its thread beats. The first cause
-that a rank posts is the only one that is printed (`report`).
+A rank whose process is gone is noticed at once where it ran on this host, and on other hosts by
+its connection, which the system closes (`lifeline.py`); one that is frozen (stopped, stuck in the
+kernel, on a machine without power or network) once it has been silent for three quarters of
+`--timeout`. A rank that works long is not silent: its thread beats. The first cause that a rank
+posts is the only one that is printed (`report`), and all ranks end with it.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Heartbeat(threading.Thread):
         timeout: float,
         status: Callable[[], str],
         own_store: bool,
+        local_rank: int = 0,
     ) -> None:
         """`store` is a client of this thread's own: a blocking call would stall other users.
 
@@ -86,13 +88,14 @@ class Heartbeat(threading.Thread):
         """
         super().__init__(name="heartbeat", daemon=True)
         self.store, self.rank, self.world_size = store, rank, world_size
-        self.status, self.own_store = status, own_store
+        self.status, self.own_store, self.local_rank = status, own_store, local_rank
         self.interval, self.limit = min(1.0, timeout / 10), SILENCE * timeout
         self.launcher = os.getppid() if started_by_torchrun() else None
         self._ended, self._store_lock = threading.Event(), threading.Lock()
         self.store_lost = self._said = False
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last beat, and when it was new
         self._who: dict[int, dict[str, Any]] = {}  # rank -> its process and host
+        self._closed: set[int] = set()  # ranks whose connection has closed
 
     def start(self) -> None:
         _current.append(self)
@@ -118,6 +121,9 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         number, last = 0, time.monotonic()
+        if self.store is not None and self.rank != 0:
+            with contextlib.suppress(RuntimeError, ValueError):
+                self._process(0)  # later, its store may be gone
         while not self._ended.wait(self.interval):
             if self.launcher is not None and os.getppid() != self.launcher:
                 return self._orphaned()
@@ -133,12 +139,18 @@ class Heartbeat(threading.Thread):
                 # This process, or the store, stood still itself: the others' silence tells nothing.
                 self._seen = {}
             last = started
+            if (cause := self.cause()) is not None:
+                return self._follow(cause)
             for rank, beat in beats.items():
                 if rank not in self._seen or self._seen[rank][0] != beat:
                     self._seen[rank] = (beat, now)
                 reason = self._reason_lost(rank, now)
                 if reason and not self._ended.is_set() and not self._has_left(rank):
                     return self._end(f"rank {rank} {reason}", grace=self._grace(rank))
+
+    def notice_closed(self, rank: int) -> None:
+        """Another thread tells that the connection to `rank` has closed."""
+        self._closed.add(rank)
 
     def _exchange_beats(self, number: int) -> dict[int, str]:
         """Writes this rank's beat and reads the others', "" of a rank that has none yet."""
@@ -156,10 +168,11 @@ class Heartbeat(threading.Thread):
         beat, new_at = self._seen[rank]
         doing = beat.partition(" ")[2] or "starting"
         pid, state = self._process(rank)["pid"], self._state(rank)
-        if not state:
+        elsewhere = self._elsewhere(rank)
+        if not state or (elsewhere and rank in self._closed):
             return (
-                f"died: its process {pid} ended without a word (killed, or out of memory); "
-                f"last seen: {doing}"
+                f"died: its process {pid}{elsewhere} ended without a word (killed, or out of "
+                f"memory); last seen: {doing}"
             )
         if now - new_at > self.limit:
             frozen = (
@@ -168,7 +181,7 @@ class Heartbeat(threading.Thread):
                 else "it is frozen, or its machine or network is gone"
             )
             return (
-                f"has been silent for {now - new_at:.0f} s: {frozen} (process {pid}); "
+                f"has been silent for {now - new_at:.0f} s: {frozen} (process {pid}{elsewhere}); "
                 f"last seen: {doing}"
             )
         return None
@@ -185,9 +198,14 @@ class Heartbeat(threading.Thread):
         process = self._process(rank)
         return process_state(int(process["pid"])) if process["host"] == host_identity() else "R"
 
+    def _elsewhere(self, rank: int) -> str:
+        """ " on HOST" where the rank runs on another host than this one."""
+        host = str(self._process(rank)["host"])
+        return "" if host == host_identity() else f" on {host.partition(' ')[0]}"
+
     def _grace(self, rank: int) -> float:
         """A frozen rank has used up the time already."""
-        return 0.0 if self._state(rank) else GRACE
+        return 0.0 if self._state(rank) and rank not in self._closed else GRACE
 
     def _has_left(self, rank: int) -> bool:
         """Whether `rank` ended as it should.
@@ -230,7 +248,14 @@ class Heartbeat(threading.Thread):
                 self.store_lost = True
         # The others are out of reach: print it, but once.
         said, self._said = self._said, True
-        return not said, message
+        alike = not self._speaks_for_host() and message == self.why_store_is_lost()
+        return not said and not alike, message
+
+    def _speaks_for_host(self) -> bool:
+        """Whether this is the first rank of its host that lives when the store is gone."""
+        beside_rank0 = 0 in self._who and self._who[0]["host"] == host_identity()
+        first = 1 if self.own_store and beside_rank0 else 0
+        return self.local_rank == first
 
     def wait_for_cause(self, seconds: float) -> str | None:
         """The posted cause, should there be one within `seconds`."""
@@ -247,13 +272,31 @@ class Heartbeat(threading.Thread):
         if not self._ended.wait(grace):
             _exit(1)
 
+    def _follow(self, cause: str) -> None:
+        """Ends with the other ranks: one of them has posted the cause and printed it."""
+        tell_torchrun(cause)
+        if not self._ended.wait(GRACE):
+            _exit(1)
+
+    def why_store_is_lost(self) -> str:
+        """What is gone together with the store, which another rank or host kept; "" if none did."""
+        if self.own_store:
+            return WITHOUT_STORE if self.rank != 0 else ""
+        if self.launcher is None or os.getppid() != self.launcher:
+            return ""  # this host's launcher kept it
+        host = str(self._who[0]["host"]).partition(" ")[0] if 0 in self._who else "another host"
+        return (
+            f"the connection between the ranks is gone: {host}, where rank 0 and its launcher ran, "
+            "died or cannot be reached"
+        )
+
     def _lost_store(self) -> None:
         """The store is gone: with the launcher that kept it, or with rank 0."""
         self.store_lost = True
         if self._ended.wait(self.interval):
             return
-        if self.own_store and self.rank != 0:
-            self._end(WITHOUT_STORE, GRACE)
+        if reason := self.why_store_is_lost():
+            self._end(reason, GRACE)
         elif not self.own_store:
             self._orphaned()
 

@@ -1,4 +1,4 @@
-"""The environment that the launcher sets: torchrun's variables, a cluster's, or none."""
+"""The environment that the launcher sets: torchrun's variables, a scheduler's, or none."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from alexnet_mp.config.command import how_to_start
+from alexnet_mp.parallel import schedulers
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class Environment:
 
     @staticmethod
     def read(variables: Mapping[str, str] = os.environ) -> Environment:
-        """The environment that `variables` describe.
+        """The environment that `variables` describe: torchrun's, srun's or mpirun's.
 
         ValueError names a variable that is missing or no number. LOCAL_RANK and LOCAL_WORLD_SIZE
-        may be missing, as in a Kubeflow PyTorchJob or with `RANK=$SLURM_PROCID`.
+        may be missing, as in a Kubernetes PyTorchJob or with `RANK=$SLURM_PROCID`.
         """
+        variables = schedulers.translated(variables)
         if "RANK" not in variables and "WORLD_SIZE" not in variables:
             return Environment()
 
@@ -48,10 +50,7 @@ class Environment:
             )
         address = variables.get("MASTER_ADDR", "")
         if world_size > 1 and not (address and port):
-            raise ValueError(
-                f"the environment has WORLD_SIZE={world_size} but no MASTER_ADDR and MASTER_PORT; "
-                + how_to_start()
-            )
+            raise ValueError(_nobody_names_rank0(world_size, address, variables))
         return Environment(
             rank,
             world_size,
@@ -61,6 +60,21 @@ class Environment:
             port,
             world_size == 1 or {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= variables.keys(),
         )
+
+
+def _nobody_names_rank0(world_size: int, address: str, variables: Mapping[str, str]) -> str:
+    """Why ranks cannot meet without MASTER_ADDR and MASTER_PORT, and how these are set."""
+    others = {name: variables[name] for name in variables if name not in schedulers.PLACE}
+    launcher = schedulers.launcher_of(others)
+    if launcher is None or address:
+        return (
+            f"the environment has WORLD_SIZE={world_size} but no MASTER_ADDR and MASTER_PORT; "
+            + how_to_start()
+        )
+    return (
+        f"{launcher.name} started {world_size} ranks and does not say on which host rank 0 runs: "
+        f"set MASTER_ADDR to the name of that host (`{launcher.example}`)"
+    )
 
 
 def started_by_torchrun() -> bool:
@@ -79,7 +93,13 @@ def restarts() -> int:
     return int(count) if count.isdigit() else 0
 
 
+def names_job() -> bool:
+    """Whether torchrun was given a name for the job (--rdzv-id, --standalone)."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
+
+
 def launcher() -> str:
     """The torchrun job that this rank belongs to, the same after a restart; "" without torchrun."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"process {os.getppid()}" if job == "none" else job
+    if names_job():
+        return os.environ["TORCHELASTIC_RUN_ID"]
+    return f"process {os.getppid()}" if started_by_torchrun() else ""

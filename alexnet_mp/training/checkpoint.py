@@ -8,7 +8,7 @@ are the file of the end of an epoch, velocities included, so that training can g
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ __all__ = [
     "load_velocity",
     "newest_good",
     "read",
+    "read_for_all",
     "read_to_resume",
     "restore",
     "save",
@@ -105,6 +106,29 @@ def save(
             ) from None
 
     context.run_on_rank0(write)
+
+
+def read_for_all(
+    path: Path,
+    context: ParallelContext,
+    names: Collection[str],
+    parts: tuple[str, ...] = ("model", "velocity"),
+) -> dict[str, Any]:
+    """On every rank, the checkpoint `path` with the tensors in `names` of its `parts`.
+
+    Rank 0 reads the file and sends to each other rank what that one has `names` for: it may be on
+    another host, which lacks the file. Raises as `read`, on all ranks alike.
+    """
+    whole: dict[str, Any] = {}
+
+    def read_loop() -> dict[str, Any]:
+        whole.update(read(path))
+        return {name: whole[name] for name in whole if name not in ("model", "velocity")}
+
+    content = context.run_on_rank0(read_loop)
+    return content | {
+        part: context.broadcast_from_rank0(whole.get(part, {}), names) for part in parts
+    }
 
 
 def link_and_prune(path: Path, links: Iterable[Path], keep: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alexnet_mp.config import Config, check
 from alexnet_mp.config.rate_scaling import described_rates, scaled_recipe, scaling_note
@@ -18,9 +18,9 @@ from alexnet_mp.data import build_loaders, load
 from alexnet_mp.ops.allocator import keep_freed_memory
 from alexnet_mp.ops.compile import compile_network
 from alexnet_mp.ops.response_norm import slow_norm
-from alexnet_mp.parallel.context import ParallelContext, describe, init_parallel
+from alexnet_mp.parallel.context import ParallelContext, describe, init_parallel, note_on_hosts
 from alexnet_mp.parallel.launcher import restarts
-from alexnet_mp.parallel.rendezvous import code_version
+from alexnet_mp.parallel.rendezvous import Meeting, code_version
 from alexnet_mp.training import checkpoint, run_messages
 from alexnet_mp.training.fine_tuning import freeze, initialize_from
 from alexnet_mp.training.input_checks import check_alike
@@ -34,8 +34,12 @@ from alexnet_mp.training.tensorboard import TensorBoard, require_tensorboard
 from alexnet_mp.training.trainer import Trainer
 
 
-def run(config: Config, install_signals: Callable[[Trainer], None] | None = None) -> dict[str, Any]:
-    """Trains as `config` says. Every rank calls it.
+def run(
+    config: Config,
+    install_signals: Callable[[Trainer], None] | None = None,
+    meeting: Meeting | None = None,
+) -> dict[str, Any]:
+    """Trains as `config` says. Every rank calls it, with the `meeting` if the ranks have met.
 
     Returns the content of result.json, or {"stopped": True, "out": folder} for a run that was asked
     to stop before its end. `install_signals` is called with the trainer before the first step; a
@@ -44,7 +48,7 @@ def run(config: Config, install_signals: Callable[[Trainer], None] | None = None
     Raises ValueError or OSError (one line, naming the flag, file or rank) for what a user can mend,
     NonFiniteError for a run that diverged; last.pt then has the weights from before that step.
     """
-    context = init_parallel(config)
+    context = init_parallel(config, meeting)
     one = Run(config, context)
     try:
         result = one.train_and_test(install_signals)
@@ -63,6 +67,8 @@ class Run:
     def __init__(self, config: Config, context: ParallelContext) -> None:
         self.context = context
         self.print_rank0(run_messages.introduction(config, context))
+        if note := note_on_hosts(context):
+            self.print_rank0(note)
         self._check_settings(config)
         self._prepare_device(config)
         self._load_images(config)
@@ -221,7 +227,7 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         """Continues from the checkpoint `path`, and gives the folder what it lacks of it."""
-        content = checkpoint.read(path)
+        content = checkpoint.read_for_all(path, self.context, self.model.state_dict().keys())
         if {name: content["data"][name] for name in self.data} != self.data:
             raise ValueError(
                 f"--data-dir {self.config.data.data_dir}: {path} was trained on other data, "
@@ -305,11 +311,11 @@ class Run:
         return self.trainer.scores(self.test_loader, "test")
 
     def _load_best_weights(self) -> None:
-        """Rank 0 reads best.pt and sends it to the others, which may not see its folder."""
-        best, read = self.folder.best, dict[str, Tensor]()
-        self.context.run_on_rank0(lambda: read.update(checkpoint.read(best)["model"]))
-        weights = self.context.broadcast_from_rank0(read, self.model.state_dict().keys())
-        checkpoint.load_model({"model": weights}, self.model, best)
+        best = self.folder.best
+        names = self.model.state_dict().keys()
+        checkpoint.load_model(
+            checkpoint.read_for_all(best, self.context, names, ("model",)), self.model, best
+        )
 
     def _write_result(self, scores: Scores) -> dict[str, Any]:
         """Writes result.json and curves.png; returns the content of result.json."""

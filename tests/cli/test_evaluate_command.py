@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TORCHRUN, own_lines, start
+from commands import TORCHRUN, own_lines, start, start_warm
 from PIL import Image
 from small_nets import MEASURED
 
@@ -95,7 +95,7 @@ def test_two_ranks_print_one_json_document_and_nothing_else_on_the_standard_outp
     flags = ["--checkpoint", best, "--ten-crop", "--limit-test", "20", "--json", "-"]
     both, alone = (
         start([*TORCHRUN, "2", "launch/evaluate.py"], *flags, "--threads", "1"),
-        start(EVALUATE, *flags),
+        start_warm(EVALUATE, *flags),
     )
     assert both.returncode == alone.returncode == 0, both.stderr + alone.stderr
     result, expected = json.loads(both.stdout), json.loads(alone.stdout)
@@ -107,7 +107,7 @@ def test_two_ranks_print_one_json_document_and_nothing_else_on_the_standard_outp
 
 
 def test_several_checkpoints_may_follow_one_flag_or_repeat_it(best) -> None:
-    repeated = start(
+    repeated = start_warm(
         EVALUATE,
         "--checkpoint",
         best,
@@ -145,7 +145,7 @@ def test_a_split_of_other_classes_is_refused_by_the_first_that_differs(best, tmp
     (tmp_path / "train" / "cat" / "another.png").write_bytes(
         (tmp_path / "train" / "cat" / "image.png").read_bytes()
     )
-    done = start(
+    done = start_warm(
         EVALUATE,
         "--checkpoint",
         best,
@@ -172,7 +172,7 @@ def test_a_split_of_other_classes_is_refused_by_the_first_that_differs(best, tmp
 def test_a_missing_checkpoint_is_one_line_and_exit_code_2(
     command: list[str], flags: list[str], words: str
 ) -> None:
-    done = start(command, *flags)
+    done = start_warm(command, *flags)
     assert (
         (done.returncode, done.stdout) == (2, "")
         and len(done.stderr.splitlines()) == 1
@@ -247,7 +247,7 @@ def test_the_help_shows_how_to_start_and_every_flag_of_the_contract(parse, capsy
 def test_a_bad_file_is_named_and_the_others_are_shown(best, pictures, tmp_path) -> None:
     (tmp_path / "page.png").write_text("<!DOCTYPE html>")
     files = [pictures[0], str(tmp_path / "page.png"), pictures[1], str(tmp_path / "none.jpg")]
-    done = start(PREDICT, "--checkpoint", best, *files, "--top", "3", "--ten-crop")
+    done = start_warm(PREDICT, "--checkpoint", best, *files, "--top", "3", "--ten-crop")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"error: {files[1]}: not an image that Pillow knows",
@@ -262,7 +262,7 @@ def test_a_bad_file_is_named_and_the_others_are_shown(best, pictures, tmp_path) 
 
 
 def test_the_json_alone_is_on_the_standard_output(best, pictures) -> None:
-    done = start(PREDICT, "--checkpoint", best, *pictures, "--json", "-")
+    done = start_warm(PREDICT, "--checkpoint", best, *pictures, "--json", "-")
     answers = json.loads(done.stdout)
     assert done.returncode == 0 and [answer["file"] for answer in answers] == pictures
     assert [len(answer["top"]) for answer in answers] == [5, 5, 5] and set(

@@ -99,7 +99,9 @@ def test_one_process_commands_are_refused_under_torchrun(monkeypatch) -> None:
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"pack is one process.*with python, not with torchrun"):
+    with pytest.raises(
+        ValueError, match=r"pack is one process.*with python, not with torchrun, srun or mpirun"
+    ):
         refuse_several_ranks("pack")
     monkeypatch.setenv("WORLD_SIZE", "1")
     refuse_several_ranks("pack")
@@ -109,7 +111,7 @@ def test_one_process_commands_are_refused_under_torchrun(monkeypatch) -> None:
 def test_a_training_that_was_stopped_has_the_exit_code_of_a_signal(
     monkeypatch, stopped: bool, code: int
 ) -> None:
-    def run(config, install_signals) -> dict:
+    def run(config, install_signals, meeting=None) -> dict:
         return {"stopped": True, "out": "run"} if stopped else {"top1": 1.0}
 
     monkeypatch.setattr(train, "run", run)

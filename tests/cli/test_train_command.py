@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from commands import PYTHON, ROOT, TORCHRUN, clean_environment, own_lines, start
+from commands import PYTHON, ROOT, TORCHRUN, clean_environment, own_lines, start, start_warm
 from image_sets import make_folder
 
 SMALL = (
@@ -109,7 +109,7 @@ run_main(lambda: sum(tqdm(range(3), disable=False)))""",
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags: list[str], words: str) -> None:
-    done = start(PYTHON, *SMALL, *flags)
+    done = start_warm(PYTHON, *SMALL, *flags)
     assert done.returncode == 2
     assert (
         len(done.stderr.splitlines()) == 1
@@ -151,7 +151,7 @@ def test_leftover_variables_of_a_launcher_do_not_hang_a_plain_start(
     rank: str, missing: str
 ) -> None:
     started = time.monotonic()
-    done = start(
+    done = start_warm(
         PYTHON,
         *SMALL,
         "--timeout",
@@ -166,8 +166,15 @@ def test_leftover_variables_of_a_launcher_do_not_hang_a_plain_start(
     assert missing in own_lines(done)[-1] and "unset RANK WORLD_SIZE" in own_lines(done)[-1]
 
 
+def test_a_rank_0_that_is_not_there_is_one_line_without_torchs_frames() -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    done = start(PYTHON, *SMALL, "--timeout", "1", RANK="1", WORLD_SIZE="2", **address)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Connection refused: is rank 0 running there?" in done.stderr
+
+
 def test_half_of_a_launchers_variables_are_named() -> None:
-    done = start(PYTHON, RANK="0")
+    done = start_warm(PYTHON, RANK="0")
     assert done.returncode == 2 and "WORLD_SIZE=None" in done.stderr
 
 

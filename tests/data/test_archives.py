@@ -4,6 +4,7 @@ and nothing is unpacked.
 
 import io
 import itertools
+import os
 import shutil
 import tarfile
 import zipfile
@@ -27,6 +28,8 @@ from alexnet_mp.data import (
 )
 from alexnet_mp.data.decode_pool import Packing
 from alexnet_mp.data.image_sets import SetOptions, list_source
+from alexnet_mp.data.store_writer import EncodedImage
+from alexnet_mp.data.streamed_decoding import ShardCollector, _Image
 
 TINY_100 = Path(__file__).resolve().parents[3] / "shared/data/tiny-imagenet-100.tar.gz"
 pytestmark = pytest.mark.usefixtures("cache")
@@ -115,6 +118,17 @@ def test_real_photographs_give_the_same_store_from_every_form(
     assert contents(tmp_path) == before  # nothing was written but the store
 
 
+def test_names_with_and_without_an_extension_are_in_the_same_order(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    root, level = tmp_path / "set", itertools.count()
+    for split, name in itertools.product(("train", "val"), ("cat", "dog")):
+        for file in ("a.png", "a-1.png", "a(1).png", "b.png"):  # some sort before a dot
+            write_image(root / split / name / file, color=(next(level),) * 3)
+    pack(root, tmp_path / "expected")
+    pack(make_parquet(root, tmp_path / "parquet", extension=False), tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(tmp_path / "expected")
+
+
 @pytest.mark.parametrize("form", ["shuffled tgz", "parquet"])
 def test_a_jpeg_store_is_the_same_from_a_stream(
     form: str, photographs: Path, tmp_path: Path, small_shards: None
@@ -186,6 +200,43 @@ def test_an_archive_is_packed_again_only_when_it_has_changed(
     make_tar(photographs, tmp_path / "set.tar")  # later
     with pytest.raises(ValueError, match="or from these before they changed"):
         pack(source, tmp_path / "store")
+
+
+def test_a_file_that_is_changed_while_its_set_is_packed_does_not_pass_for_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "set")
+    read = decode_pool.try_read
+
+    def read_and_touch(file: Path) -> object:
+        image = read(file)
+        os.utime(file)  # it was listed with an earlier time
+        return image
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_pool, "try_read", read_and_touch)
+        pack(root, tmp_path / "store")
+    with pytest.raises(ValueError, match="or from these before they changed"):
+        pack(root, tmp_path / "store")
+
+
+def test_a_begun_file_that_a_kill_left_with_half_an_image_is_written_on(tmp_path: Path) -> None:
+    def collector() -> ShardCollector:
+        opened = ShardCollector(tmp_path, None, {0: range(4)}, ["made of"], Packing(), False)
+        opened._open_begun(0)
+        return opened
+
+    def write(collector: ShardCollector, rows: range) -> None:
+        pixels = np.zeros((3, 5, 5), np.uint8)
+        collector.waiting[0] = {row: _Image(EncodedImage(5, pixels + row), 9) for row in rows}
+        collector._write_begun()
+
+    write(collector(), range(2))
+    (file,) = tmp_path.glob(".begun-*")
+    file.write_bytes(file.read_bytes()[:-3])
+    write(collector(), range(1, 4))
+    found = collector()._read_begun(0)
+    assert [int(image.image.data.max()) for _, image in sorted(found.items())] == [0, 1, 2, 3]
 
 
 # ---- training from an archive ----

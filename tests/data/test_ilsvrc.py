@@ -128,7 +128,8 @@ def test_a_damaged_class_is_one_line_and_the_others_can_be_packed(
 @pytest.mark.parametrize(
     "numbers, words",
     [
-        ([3, 1, 2, 2, 9, 3], r"has no synset with number 9"),
+        ([3, 1, 2, 2, 9, 3], r"has no leaf with number 9"),
+        ([3, 1, 2, 2, 1001, 3], r"has no leaf with number 1001"),  # a node with children
         ([2, 3], r"has the classes of 2 validation images, and not of ILSVRC2012_val_00000003"),
     ],
 )

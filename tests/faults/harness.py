@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import threading
 import time
@@ -59,6 +60,8 @@ class Scenario:
     rank_flags: dict[int, tuple[str, ...]] = field(default_factory=dict)  # more flags of one rank
     differs: str = ""  # how `rank` differs: see inject.differ
     world: int = 2
+    hosts: int = 1  # over which the ranks are spread, in order; more than one have other names
+    whole_host: bool = False  # the fault strikes all ranks of the host of `rank`
     keeps_store: bool = True  # whether the launcher keeps the store, as torchrun does; else rank 0
     last: int | None = (
         None  # the step of the last.pt that must be there and whole; None: not looked at
@@ -198,12 +201,15 @@ def _rank(scenario: Scenario, rank: int, out: str, port: int, screen: str, note:
     descriptor = os.open(screen, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    local = scenario.world // scenario.hosts
+    if scenario.hosts > 1:
+        socket.gethostname = lambda: f"node{rank // local}"
     os.environ.update(
         {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": str(rank % local),
             "WORLD_SIZE": str(scenario.world),
-            "LOCAL_WORLD_SIZE": str(scenario.world),
+            "LOCAL_WORLD_SIZE": str(local),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": "lo",
@@ -219,7 +225,10 @@ def _rank(scenario: Scenario, rank: int, out: str, port: int, screen: str, note:
     torch.set_num_threads(1)
     import inject
 
-    if scenario.fault and scenario.rank in (None, rank):
+    struck = scenario.rank in (None, rank) or (
+        scenario.whole_host and scenario.rank // local == rank // local
+    )
+    if scenario.fault and struck:
         inject.install(scenario.fault.replace("OUT", out), Path(note))
     elif scenario.peers_fault:
         inject.install(scenario.peers_fault, Path(f"{note}-of-peers"))

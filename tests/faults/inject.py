@@ -30,7 +30,7 @@ import alexnet_mp.training.run_folder
 import alexnet_mp.training.trainer
 
 POINTS = {  # name -> (where the attribute is, its name): what is about to begin
-    "arrive": (alexnet_mp.parallel.context, "rendezvous"),
+    "arrive": (alexnet_mp.parallel.rendezvous, "rendezvous"),
     "handshake": (alexnet_mp.parallel.context, "shake_hands"),
     "groups": (dist, "init_process_group"),
     "data": (alexnet_mp.training.run, "load"),

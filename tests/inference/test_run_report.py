@@ -120,13 +120,14 @@ def test_without_a_checkpoint_there_is_all_that_needs_none(copied) -> None:
 def test_images_that_are_gone_leave_what_needs_none(copied, capsys) -> None:
     config = json.loads((copied / "config.json").read_text())
     config["config"]["data"] |= {"data": "folder", "data_dir": str(copied / "gone")}
+    config["config"]["preset"] = "of-mine"  # nor is the user's own preset there
     (copied / "config.json").write_text(json.dumps(config))
     text, facts = made(copied)
     assert pictures_of(text) == ["curves", "kernels", "timeline"]
-    named = {"Predictions", "Nearest neighbors", "Confusion of the worst classes"}
+    named = {"Configuration", "Predictions", "Nearest neighbors", "Confusion of the worst classes"}
     assert named <= set(facts["report"]["missing"])
-    assert "; missing: Predictions" in capsys.readouterr().out
-    assert re.search(r"Missing: [^<]*gone", text)
+    assert "; missing: Configuration, Predictions" in capsys.readouterr().out
+    assert re.search(r"Missing: [^<]*gone", text) and "--preset of-mine" in missing(text)
 
 
 @pytest.mark.parametrize("content", ['{"ranks": [{}]}', "[]", "{", '{"ranks": 3}'])

@@ -17,6 +17,7 @@ from alexnet_mp.ops.cpu_cores import affinity
 from alexnet_mp.parallel import devices
 from alexnet_mp.parallel.context import ParallelContext, init_parallel
 from alexnet_mp.parallel.launcher import Environment
+from alexnet_mp.parallel.rendezvous import meet
 
 pytestmark = pytest.mark.ranks
 
@@ -26,7 +27,8 @@ def connected(work: Callable[[ParallelContext], Any], hosts: int = 2) -> Any:
     place = Environment.read()
     local = place.world_size // hosts
     place = dataclasses.replace(place, local_rank=place.rank % local, local_world_size=local)
-    context = init_parallel(Config(run=RunConfig(device="cpu", threads=1)), place)
+    config = Config(run=RunConfig(device="cpu", threads=1))
+    context = init_parallel(config, meet(config.run.timeout, place))
     try:
         return work(context)
     finally:

@@ -15,54 +15,10 @@ from alexnet_mp.parallel.context import (
     GROUP_TIMEOUT,
     ParallelContext,
     _make_groups,
-    choose_column_ranks,
     init_parallel,
 )
 from alexnet_mp.parallel.launcher import Environment
-
-
-@pytest.mark.parametrize(
-    ("columns", "ranks", "share"),
-    [
-        (2, 1, 1),
-        (2, 2, 2),
-        (2, 4, 2),
-        (2, 6, 2),
-        (4, 2, 2),
-        (4, 4, 4),
-        (4, 8, 4),
-        (4, 6, 2),
-        (1, 1, 1),
-        (1, 3, 1),
-    ],
-)
-def test_a_copy_takes_the_most_ranks_that_columns_and_world_allow(
-    columns: int, ranks: int, share: int
-) -> None:
-    assert choose_column_ranks(columns, ranks) == share
-
-
-@pytest.mark.parametrize(
-    ("columns", "ranks", "words"),
-    [
-        (2, 3, "1 or a multiple of 2"),
-        (4, 3, "1 or a multiple of 2 or 4"),
-        (2, 5, "1 or a multiple of 2"),
-    ],
-)
-def test_ranks_that_cannot_share_the_columns_are_refused(
-    columns: int, ranks: int, words: str
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        choose_column_ranks(columns, ranks)
-
-
-def test_data_parallelism_has_to_be_asked_for() -> None:
-    assert choose_column_ranks(2, 3, asked=1) == 1
-    with pytest.raises(ValueError, match="--column-ranks 3: 2 columns divide among 1, 2 ranks"):
-        choose_column_ranks(2, 3, asked=3)
-    with pytest.raises(ValueError, match="multiple of 2"):
-        choose_column_ranks(2, 3, asked=2)
+from alexnet_mp.parallel.rendezvous import Meeting
 
 
 def test_one_rank_holds_all_columns_and_has_no_groups(monkeypatch) -> None:
@@ -78,12 +34,13 @@ def test_one_rank_holds_all_columns_and_has_no_groups(monkeypatch) -> None:
 def test_the_timeout_that_is_asked_for_is_the_heartbeats(monkeypatch) -> None:
     limits = []
 
-    def start(environment: Environment, timeout: float, status) -> None:
+    def meet(timeout: float) -> Meeting:
         limits.append(timeout)
+        return Meeting(Environment())
 
-    monkeypatch.setattr(context_module, "start_heartbeat", start)
+    monkeypatch.setattr(context_module, "meet", meet)
     asked = RunConfig(device="cpu", threads=torch.get_num_threads(), timeout=7.0)
-    context = init_parallel(Config(run=asked), Environment())
+    context = init_parallel(Config(run=asked))
     assert limits == [7.0] and context.timeout == 7.0
 
 

@@ -170,6 +170,24 @@ def test_without_a_store_a_cause_is_printed_once() -> None:
     assert alone.post("lost again")[0] is False
 
 
+@pytest.mark.parametrize(
+    ("host_of_rank0", "local_rank", "prints"),
+    [("here", 1, True), ("here", 2, False), ("elsewhere", 0, True), ("elsewhere", 1, False)],
+)
+def test_of_a_host_one_living_rank_says_that_rank_0_took_the_store_with_it(
+    store, host_of_rank0: str, local_rank: int, prints: bool
+) -> None:
+    host = host_identity() if host_of_rank0 == "here" else "node0 1"
+    for rank in range(4):
+        store.set(f"who/{rank}", json.dumps({"pid": os.getpid(), "host": host}))
+    orphan = Heartbeat(store, 3, 4, TIMEOUT, lambda: "", own_store=True, local_rank=local_rank)
+    orphan.start()
+    time.sleep(2 * orphan.interval)
+    orphan.stop()
+    orphan.store_lost = True
+    assert orphan.post(heartbeat.WITHOUT_STORE) == (prints, heartbeat.WITHOUT_STORE)
+
+
 def test_a_report_is_printed_by_the_first_rank_only(store, capsys, monkeypatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.setattr(heartbeat, "_current", [heart(store, 1)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -34,11 +35,8 @@ def new_store() -> dist.Store:
 
 def places(hosts: list[str]) -> list[tuple[int, int]]:
     """(local rank, local world size) of each rank, all of which have no LOCAL_RANK."""
-    store = new_store()
-    for rank, host in enumerate(hosts):
-        store.set(f"who/{rank}", json.dumps({"pid": 1, "host": host}))
     numbered = [
-        number_local_ranks(store, Environment(rank, len(hosts), knows_host=False))
+        number_local_ranks(Environment(rank, len(hosts), knows_host=False), hosts)
         for rank in range(len(hosts))
     ]
     assert all(environment.knows_host for environment in numbered)
@@ -56,7 +54,22 @@ def test_ranks_of_one_host_are_numbered_in_rank_order() -> None:
 
 def test_a_launchers_own_numbers_are_kept() -> None:
     environment = Environment(3, 4, 1, 2)
-    assert number_local_ranks(new_store(), environment) is environment
+    assert number_local_ranks(environment, ["a"] * 4) is environment
+
+
+# --- a store that does not answer
+
+
+def test_a_port_where_nobody_listens_is_told_from_one_that_another_program_has() -> None:
+    with socket.socket() as program:
+        program.bind(("127.0.0.1", 0))
+        port = program.getsockname()[1]
+        rank1 = Environment(1, 2, 1, 2, "127.0.0.1", port)
+        with pytest.raises(ValueError, match="Connection refused: is rank 0 running there"):
+            rendezvous.rendezvous(rank1, timeout=0.5)
+        program.listen()
+        with pytest.raises(ValueError, match="another program seems to have this port"):
+            rendezvous.rendezvous(rank1, timeout=0.5)
 
 
 # --- what must agree
@@ -65,7 +78,7 @@ def test_a_launchers_own_numbers_are_kept() -> None:
 def test_every_field_must_agree_but_those_that_may_differ() -> None:
     kinds = (ModelConfig, DataConfig, RecipeConfig, RunConfig)
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    assert set(MAY_DIFFER) == {"device", "threads", "workers"}
+    assert set(MAY_DIFFER) == {"device", "threads", "workers", "data_dir", "cache_dir"}
     assert set(common_fields(Config())) == names - set(MAY_DIFFER) | {"preset"}
 
 
@@ -106,8 +119,11 @@ def test_a_rank_with_another_value_is_refused_on_all_ranks(changes: dict, words:
     assert words.replace("rank 1", "rank 2") in refusals[0]
 
 
-@pytest.mark.parametrize("changes", [{"threads": 3}, {"workers": 2}, {"device": "cpu"}])
-def test_each_rank_may_have_its_own_threads_and_workers(changes: dict) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"threads": 3}, {"workers": 2}, {"device": "cpu"}, {"data_dir": "/local", "cache_dir": "/c"}],
+)
+def test_each_rank_may_have_its_own_threads_workers_and_folders_of_images(changes: dict) -> None:
     assert meet(Config(), Config().with_fields(**changes)) == ["gloo", "gloo"]
 
 
