@@ -45,10 +45,9 @@ class Request:
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return (
-        "\n".join("|" + "|".join(f" {c} " if c else " " for c in row) + "|" for row in lines) + "\n"
-    )
+    lines = ["|".join(f" {cell} " if cell else " " for cell in row) for row in [head, *rows]]
+    lines.insert(1, "|".join(["---"] * len(head)))
+    return "".join(f"|{line}|\n" for line in lines)
 
 
 def number(value: float) -> str:
@@ -307,7 +306,12 @@ def headline(contents: dict[str, Content]) -> str:
             f"{sent['bytes_per_step']:,} a rank and step of {sent['batch_size']} images",
             "`python benchmarks/exchange.py`",
         ],
-        ["it learns", f"CIFAR-10: {one} with one view, {ten} with ten", "[the command][cifar]"],
+        [
+            "it learns",
+            f"CIFAR-10: {one} with one view, {ten} with ten ({learned['epochs']} epochs at "
+            f"{learned['image_size']} pixels, {learned['precision']}, one seed)",
+            "[the command][cifar]",
+        ],
     ]
     return markdown(["claim", "result", "command"], table) + (
         "\n- **Equal**: also 1e-10 from an independent network in float64; a resumed run equals an"
@@ -319,8 +323,6 @@ def headline(contents: dict[str, Content]) -> str:
         f"{100 * two['exposed_share']:.1f} % of a step.\n"
         f"- **Few bytes**: data parallelism sends {sent['bytes_per_step_data_parallel']:,}, "
         f"{sent['ratio_data_parallel_to_ours']:.1f} times as many.\n"
-        f"- **It learns**: `original` at {learned['image_size']} pixels, {learned['precision']}, "
-        f"{learned['epochs']} epochs, one seed.\n"
     )
 
 

@@ -212,5 +212,8 @@ OTHER_LINES = [pair for pair in LINES if pair not in PACKAGE_LINES]
 def test_scripts_and_flags_of_other_printed_commands_exist(file: str, line: str) -> None:
     for script in re.findall(r"(?:benchmarks|tests|launch)/[\w/]+\.(?:py|sh)", line):
         text = (ROOT / script).read_text(encoding="utf-8")
+        for module in re.findall(r"^from (\w+) import", text, re.MULTILINE):  # beside the script
+            beside = (ROOT / script).with_name(f"{module}.py")
+            text += beside.read_text(encoding="utf-8") if beside.is_file() else ""
         for flag in re.findall(r"--([a-z][a-z-]+)", line.split(script)[1]):
             assert flag.replace("-", "_") in text or flag in text, f"{script} has no --{flag}"

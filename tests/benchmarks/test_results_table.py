@@ -85,11 +85,11 @@ def test_a_claims_row_has_both_intervals_and_both_verdicts_where_they_differ() -
 
 
 def test_a_file_that_is_not_there_is_not_measured(tmp_path) -> None:
-    text = "<!-- results: claims new.json -->\nold\n<!-- end -->\n"
+    text = "<!-- results: claims new.json -->\nBEFORE\n<!-- end -->\n"
     assert "Not measured yet: results/new.json" in results.filled(text, "README.md", tmp_path)
     (tmp_path / "new.json").write_text(json.dumps(CLAIMS))
     filled = results.filled(text, "README.md", tmp_path)
-    assert "holds" in filled and "old" not in filled
+    assert "holds" in filled and "BEFORE" not in filled
     assert results.filled(filled, "README.md", tmp_path) == filled
 
 
