@@ -297,8 +297,8 @@ def headline(contents: dict[str, Content]) -> str:
         ],
         [
             "fast, with LRN",
-            f"{speed['ratio_two_ranks_to_torchvision']:.2f} times torchvision's images/s, which has "
-            "no LRN",
+            f"{speed['ratio_two_ranks_to_torchvision']:.2f} times torchvision's images/s, which "
+            "has no LRN",
             "`python benchmarks/throughput.py`",
         ],
         [
