@@ -36,6 +36,7 @@ SLOW_MODULES = {
     "benchmarks/test_imagenet_scale.py",
     "benchmarks/test_scaling_model.py",
     "cli/test_check.py",
+    "cli/test_clusters.py",
     "cli/test_commands.py",
     "cli/test_evaluate_command.py",
     "cli/test_pack_command.py",

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """launch/train.py with a fault: FAULT RANK NOTE [flags].
 
-Strikes that rank, in the job's first start only (torchrun --max-restarts).
+Strikes that rank, in the job's first start only (torchrun --max-restarts). FAULTS_HOST is the name
+of the host that this process is to believe it runs on.
 """
 
 import os
 import runpy
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -25,5 +27,7 @@ if __name__ == "__main__":
         import inject
 
         inject.install(fault, Path(note))
+    if "FAULTS_HOST" in os.environ:
+        socket.gethostname = lambda: os.environ["FAULTS_HOST"]
     sys.argv = ["launch/train.py", *flags]
     runpy.run_path(str(FAULTS.parents[1] / "launch" / "train.py"), run_name="__main__")
