@@ -43,6 +43,9 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
+ON_A_CLUSTER = re.compile(r"--nnodes|^(srun|sbatch|mpirun) ")  # cli/test_clusters.py runs these
+
+
 def command_lines() -> list[tuple[str, str]]:
     """(file, line) of every command in a shell block, without its comment; joined lines are one."""
     found = []
@@ -50,7 +53,7 @@ def command_lines() -> list[tuple[str, str]]:
         for line in text.replace("\\\n", " ").splitlines():
             for part in shlex.join(shlex.split(line, comments=True)).split(" '&&' "):
                 found += [(file, part)] if part.strip() else []
-    return found
+    return [(file, line) for file, line in found if not ON_A_CLUSTER.search(line)]
 
 
 CELLS = blocks("python")
@@ -154,9 +157,7 @@ def command(rank: int, name: str, flags: list[str], environment: dict[str, str])
 PACKAGE_LINES = [
     (file, line)
     for file, line in LINES
-    if re.search(r"launch/\w+\.py|-m alexnet_mp ", line)
-    and "--help" not in line
-    and not re.search(r"--nnodes|^srun|^mpirun", line)  # cli/test_clusters.py runs these
+    if re.search(r"launch/\w+\.py|-m alexnet_mp ", line) and "--help" not in line
 ]
 
 
