@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from array import array
 from collections import Counter
@@ -32,6 +33,9 @@ from alexnet_mp.data.directory import (
     visible_folders,
 )
 from alexnet_mp.data.listing import Ignored, Listing, in_class_order
+
+
+_WNID = re.compile(r"n\d{8}(?=_)")
 
 
 class _ListingBuilder:
@@ -130,9 +134,12 @@ def list_split(
 ) -> Listing:
     """Lists FOLDER/CLASS/*, also within subfolders of a class.
 
-    ValueError naming the folder: no class folders or only one, a class without images, or other
-    classes than `classes`, those of the training images.
+    Without class folders, files that all have ImageNet's names (n01440764_tench.JPEG) are of the
+    classes that these begin with. ValueError naming the folder: no class folders or only one, a
+    class without images, or other classes than `classes`, those of the training images.
     """
+    if classes is None and (wnids := _wnids(folder)):
+        return list_flat(folder, sorted(set(wnids.values())), wnids, folder, flag)
     folders = class_folders(folder, flag)
     names = tuple(folders)
     if classes is not None and names != tuple(classes):
@@ -165,6 +172,15 @@ def list_split(
         if len(subfolders - {""}) > 1:
             nested.append(name)
     return listing.finish(names, () if classes else (*_name_notes(names), *_nested_notes(nested)))
+
+
+def _wnids(folder: Folder) -> dict[str, str]:
+    """The wnid of each image that lies in `folder` itself, if all have one; else nothing."""
+    if visible_folders(folder):
+        return {}
+    found = {name: _WNID.match(name) for name in map(as_text, image_names(folder))}
+    wnids = {name: match[0] for name, match in found.items() if match}
+    return wnids if len(wnids) == len(found) and len(set(wnids.values())) > 1 else {}
 
 
 def list_flat(

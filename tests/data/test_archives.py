@@ -129,6 +129,28 @@ def test_names_with_and_without_an_extension_are_in_the_same_order(tmp_path: Pat
     assert contents(tmp_path / "store") == contents(tmp_path / "expected")
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_without_class_folders_imagenets_names_tell_the_class(
+    archive: bool, tmp_path: Path
+) -> None:
+    level, sorted_set, flat = itertools.count(), tmp_path / "sorted", tmp_path / "flat"
+    for wnid, number in itertools.product(("n01518878", "n01440764"), range(3)):
+        color, name = (next(level),) * 3, f"{wnid}_{number}.png"
+        write_image(sorted_set / wnid / name, color=color)
+        write_image(flat / name, color=color)
+    pack(sorted_set, tmp_path / "expected")
+    pack(make_tar(flat, tmp_path / "flat.tar") if archive else flat, tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(tmp_path / "expected")
+    assert Store.open(tmp_path / "store" / "train").classes == ("n01440764", "n01518878")
+
+
+def test_one_image_without_a_wnid_leaves_all_classes_open(tmp_path: Path) -> None:
+    for name in ("n01518878_1.png", "n01440764_1.png", "cat_1.png"):
+        write_image(tmp_path / "flat" / name)
+    with pytest.raises(ValueError, match="has no class folders, but 3 images"):
+        list_source(tmp_path / "flat")
+
+
 @pytest.mark.parametrize("form", ["shuffled tgz", "parquet"])
 def test_a_jpeg_store_is_the_same_from_a_stream(
     form: str, photographs: Path, tmp_path: Path, small_shards: None
@@ -418,7 +440,7 @@ def test_a_form_that_is_not_read_is_refused_in_one_line(
 
 def test_flat_archives_and_several_are_refused_in_one_line(tmp_path: Path) -> None:
     for k in range(3):
-        write_image(tmp_path / "flat" / f"n0144076{k}_tench.JPEG")
+        write_image(tmp_path / "flat" / f"tench_{k}.JPEG")
     archive = make_tar(tmp_path / "flat", tmp_path / "sets" / "flat.tar")
     with pytest.raises(ValueError, match="but 3 images, whose classes nothing says: repack"):
         list_source(archive)
