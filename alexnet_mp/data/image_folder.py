@@ -34,7 +34,6 @@ from alexnet_mp.data.directory import (
 )
 from alexnet_mp.data.listing import Ignored, Listing, in_class_order
 
-
 _WNID = re.compile(r"n\d{8}(?=_)")
 
 
