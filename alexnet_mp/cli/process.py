@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from alexnet_mp.config.command import typed_program
 from alexnet_mp.config.files import OUT_OF_SPACE
+from alexnet_mp.ops.compile import explain_compile_error
 from alexnet_mp.parallel import failure, heartbeat
 from alexnet_mp.training.step_sync import NonFiniteError
 from alexnet_mp.training.trainer import Trainer
@@ -170,6 +171,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         heart = heartbeat.current()
         if heart and failure.is_backend_error(error):
             code = _fail_with_peer(heart, error)
+        elif explained := explain_compile_error(error):
+            code = fail(explained, 1)
         else:
             code = _fail_unexpected(error)
     except BaseException as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from torch import nn
 
 
@@ -11,3 +14,21 @@ def compile_network(network: nn.Module, cuda_graphs: bool) -> None:
     With `cuda_graphs` it is also recorded and replayed.
     """
     network.compile(mode="reduce-overhead" if cuda_graphs else "default")
+
+
+def explain_compile_error(error: BaseException) -> str | None:
+    """Why torch.compile failed and the way out, in one line; None for errors of other origin.
+
+    E.g. there is no C++ compiler, or a process was killed while its compiler wrote into the cache.
+    """
+    dynamo = sys.modules.get("torch._dynamo.exc")
+    if dynamo is None or not isinstance(error, dynamo.BackendCompilerFailed):
+        return None
+    cause = error.inner_exception
+    lines = str(cause).strip().splitlines() or [""]
+    # torch sets the variable once it has used the cache.
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torch's cache")
+    return (
+        f"--compile: torch.compile failed: {type(cause).__name__}: {lines[0]}; leave the flag out, "
+        f"or, if a run was killed while it compiled, remove {cache}"
+    )

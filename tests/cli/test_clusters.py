@@ -70,6 +70,13 @@ class Node:
     def text(self) -> str:
         return self.screen.read_text()
 
+    def says(self, words: str) -> None:
+        """Waits until it has printed `words`."""
+        deadline = time.monotonic() + 90
+        while words not in self.text:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text
+            time.sleep(0.05)
+
     def errors(self) -> list[str]:
         return [line for line in self.text.splitlines() if line.startswith("error: ")]
 
@@ -120,13 +127,14 @@ def arguments(line: str, out: Path, port: str = "", epochs: int = 1, ranks: int 
     line = line.replace("29500", port).replace("29400", port)
     torchrun = f"{sys.executable} -m torch.distributed.run"
     line = re.sub(r"(?<!\S)\.venv/bin/torchrun", torchrun, line)
-    return shlex.split(re.sub(r"(?<!\S)\.venv/bin/python", sys.executable, line))
+    words = shlex.split(re.sub(r"(?<!\S)\.venv/bin/python", sys.executable, line))
+    return ["env", *words] if "=" in words[0] else words
 
 
 def first_or_other(first: bool) -> dict[str, str]:
     """More for torchrun: of two on one host the first is to be HOST, and neither waits as long for
     another node as it would by default."""
-    waits = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
+    waits = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5"
     conf = f"is_host={str(first).lower()},{waits}"
     return {"PET_RDZV_CONF": conf, "PET_LOCAL_ADDR": "127.0.0.1"}
 
@@ -176,16 +184,16 @@ def test_torchruns_that_find_each_other_train_on_two_nodes(start, out, port) -> 
     assert finished(out)
 
 
-def test_where_one_node_is_enough_training_goes_on_without_the_one_that_left(
-    start, out, port
-) -> None:
-    words = arguments(line_with("--nnodes=1:2"), out, port, epochs=60)
-    nodes = [start(words, **first_or_other(n == 0)) for n in (0, 1)]
+def test_a_node_may_come_and_leave_while_training_goes_on(start, out, port) -> None:
+    words = arguments(line_with("--nnodes=1:2"), out, port, ROUNDS)
+    nodes = [start(words, **first_or_other(True))]
     wait_for(out / "last.pt", nodes[0])
+    nodes.append(start(words, **first_or_other(False)))
+    nodes[0].says("2 ranks on cpu")
+    nodes[0].says("resumed from")
     nodes[1].process.terminate()
-    assert nodes[0].ends() == 0, nodes[0].text
-    assert "2 ranks on cpu" in nodes[0].text and "1 rank on cpu" in nodes[0].text
-    assert "started again by torchrun (1): resumed from" in nodes[0].text and finished(out)
+    nodes[0].says("started again by torchrun (1): resumed from")
+    assert nodes[0].text.count("1 rank on cpu") == 2, nodes[0].text
 
 
 def test_a_slurm_job_saves_before_its_time_is_over_and_goes_on_in_the_next(

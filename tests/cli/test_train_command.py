@@ -118,6 +118,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags: list[str], words: str) -> 
     )
 
 
+def test_a_compiler_that_is_not_there_is_one_line(tmp_path) -> None:
+    environment = {"CXX": "/none/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = start(PYTHON, *SMALL, "--compile", **environment)
+    (error,) = own_lines(done)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "--compile: torch.compile failed: InvalidCxxCompiler" in error and str(tmp_path) in error
+
+
 def test_under_torchrun_the_cause_is_said_once_and_again_at_the_very_end() -> None:
     done = torchrun(2, "--image-size", "50")
     assert done.returncode == 1  # torchrun's own
