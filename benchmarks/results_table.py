@@ -192,10 +192,14 @@ def claims(content: Content) -> str:
         rows.append([row["text"], row["paper"], *cells, str(len(row["seeds"])), verdict])
     head = ["claim", "paper", "top-1", "top-5", "seeds", "verdict"]
     request, machine = content["request"], content["machine"]
+    if all(row["measure"] == "speed" for row in content["claims"]):
+        rates = ", ".join(f"{rate:g}" for rate in request["rates"])
+        length = f"Up to {request['relu_epochs']} epochs at each of the rates {rates}"
+    else:
+        length = f"{request['epochs']} epochs, {request['image_size']} pixels"
     return markdown(head, rows) + (
-        f"\n{request['epochs']} epochs, {request['image_size']} pixels, batch "
-        f"{request['batch_size']}, {request['precision']}; {machine['device_name']}, torch "
-        f"{machine['torch']}.\n"
+        f"\n{length}, batch {request['batch_size']}, {request['precision']}; "
+        f"{machine['device_name']}, torch {machine['torch']}.\n"
     )
 
 
@@ -280,11 +284,13 @@ BLOCKS: dict[str, Callable[[Content], str]] = {
 def headline(contents: dict[str, Content]) -> str:
     """The front page's table and its notes. `contents`: the files by their names."""
     speed, sent = contents["throughput-2-cores.json"], contents["exchange-2-cores.json"]
-    learned = contents["original-cifar10-128px.json"]
+    cifar, tiny = contents["original-cifar10-128px.json"], contents["recipes-tiny-imagenet.json"]
+    (original,) = (row for row in tiny["recipes"] if row["recipe"] == "original")
     rows = {row["row"]: row for row in speed["rows"] if row["precision"] == "fp32"}
     two, plain = rows["two"], rows["plain"]
     theirs, kept = rows["torchvision"], rows["torchvision-kept"]
-    one, ten = (per_cent(learned[views]["top1"]) for views in ("one_view", "ten_views"))
+    top1, top5 = (per_cent(original[f"ten_views_{top}"]["mean"]) for top in ("top1", "top5"))
+    averaged = per_cent(tiny["average"]["ten_views"]["top1"])
 
     def images(row: Content) -> str:
         return spread(row["images_per_second"], *row["spread"])
@@ -308,9 +314,10 @@ def headline(contents: dict[str, Content]) -> str:
         ],
         [
             "it learns",
-            f"CIFAR-10: {one} with one view, {ten} with ten ({learned['epochs']} epochs at "
-            f"{learned['image_size']} pixels, {learned['precision']}, one seed)",
-            "[the command][cifar]",
+            f"100 ImageNet classes at {tiny['request']['image_size']} pixels: top-1 {top1}, top-5 "
+            f"{top5}, mean of {len(original['seeds'])} seeds; the networks averaged {averaged}. "
+            f"CIFAR-10 at {cifar['image_size']}: {per_cent(cifar['ten_views']['top1'])} (ten views)",
+            "[the commands][recipes]",
         ],
     ]
     return markdown(["claim", "result", "command"], table) + (

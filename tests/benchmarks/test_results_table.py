@@ -84,6 +84,13 @@ def test_a_claims_row_has_both_intervals_and_both_verdicts_where_they_differ() -
     ]
 
 
+def test_below_the_row_of_relu_alone_stand_its_own_epochs_and_rates() -> None:
+    request = CLAIMS["request"] | {"relu_epochs": 40, "rates": [0.001, 0.002]}
+    text = results.claims(CLAIMS | {"claims": [SPEED], "request": request})
+    assert "Up to 40 epochs at each of the rates 0.001, 0.002, batch 128, bf16" in text
+    assert "pixels" not in text and "20 epochs, 64 pixels" in results.claims(CLAIMS)
+
+
 def test_a_file_that_is_not_there_is_not_measured(tmp_path) -> None:
     text = "<!-- results: claims new.json -->\nBEFORE\n<!-- end -->\n"
     assert "Not measured yet: results/new.json" in results.filled(text, "README.md", tmp_path)
