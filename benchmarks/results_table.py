@@ -315,8 +315,8 @@ def headline(contents: dict[str, Content]) -> str:
         [
             "it learns",
             f"100 ImageNet classes at {tiny['request']['image_size']} pixels: top-1 {top1}, top-5 "
-            f"{top5}, mean of {len(original['seeds'])} seeds; the networks averaged {averaged}. "
-            f"CIFAR-10 at {cifar['image_size']}: {per_cent(cifar['ten_views']['top1'])} (ten views)",
+            f"{top5} ({len(original['seeds'])} seeds); averaged {averaged}. "
+            f"CIFAR-10 at {cifar['image_size']}: {per_cent(cifar['ten_views']['top1'])}",
             "[the commands][recipes]",
         ],
     ]
