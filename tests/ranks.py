@@ -226,6 +226,8 @@ class _Place:
             "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
+            # A rank that is killed while it compiles leaves half a file in torch's cache.
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(self.folder) / "compiled"),
             _FOLDER: self.folder,
         }
 

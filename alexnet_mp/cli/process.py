@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from alexnet_mp.config.command import typed_program
+from alexnet_mp.config.errors import first_line
 from alexnet_mp.config.files import OUT_OF_SPACE
 from alexnet_mp.ops.compile import explain_compile_error
 from alexnet_mp.parallel import failure, heartbeat
@@ -166,7 +167,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     except (ValueError, OSError) as error:
         code = fail(error, 2)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        code = fail(f"out of memory: {_first_line(error)}; a smaller --batch-size needs less", 1)
+        code = fail(f"out of memory: {first_line(error)}; a smaller --batch-size needs less", 1)
     except RuntimeError as error:
         heart = heartbeat.current()
         if heart and failure.is_backend_error(error):
@@ -204,7 +205,7 @@ def fail(error: BaseException | str, code: int, alike: bool = False) -> int:
     """
     rank = os.environ.get("RANK", "0")
     several = os.environ.get("WORLD_SIZE", "1") != "1"
-    message = _first_line(error) if isinstance(error, BaseException) else error
+    message = first_line(error) if isinstance(error, BaseException) else error
     heart = heartbeat.current()
     if rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank while it waits
@@ -230,7 +231,7 @@ def _fail_with_peer(heart: heartbeat.Heartbeat, error: RuntimeError) -> int:
         return 1
     if heart.store_lost and (reason := heart.why_store_is_lost()):
         return fail(reason, 1, alike=True)
-    lost = f"lost another rank, or it did not answer within --timeout ({_first_line(error)})"
+    lost = f"lost another rank, or it did not answer within --timeout ({first_line(error)})"
     return fail(failure.explain_nccl_error(error) or lost, 1)
 
 
@@ -238,16 +239,11 @@ def _fail_unexpected(error: BaseException) -> int:
     """Ends after a fault of the program: the traceback of the rank where it began, the cause below
     it.
     """
-    message = f"{type(error).__name__}: {_first_line(error)}"
+    message = f"{type(error).__name__}: {first_line(error)}"
     if os.environ.get("WORLD_SIZE", "1") != "1":
         message = f"rank {os.environ.get('RANK', '0')}: {message}"
     heartbeat.report(message, details=lambda: traceback.print_exception(error))
     return 1
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alexnet_mp.config.errors import first_line
 from alexnet_mp.data.folder_layout import Split
 from alexnet_mp.data.source import Request
 from alexnet_mp.data.store import Store
@@ -135,10 +136,9 @@ def _torchvision_datasets(data: str) -> ModuleType:
     try:
         return importlib.import_module("torchvision.datasets")
     except Exception as error:  # a build for another torch fails in several ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"--data {data}: torchvision cannot be imported ({reason}); install the one that fits "
-            f"torch {torch.__version__}, or use --data shapes"
+            f"--data {data}: torchvision cannot be imported ({first_line(error)}); "
+            f"install the one that fits torch {torch.__version__}, or use --data shapes"
         ) from None
 
 
@@ -151,9 +151,8 @@ def _download(fetch: Callable[[], object], url: str, root: str, remedy: str) -> 
         with contextlib.redirect_stdout(io.StringIO()):
             fetch()
     except (OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"--data-dir {root}: not there, and {url} cannot be downloaded ({reason}); "
+            f"--data-dir {root}: not there, and {url} cannot be downloaded ({first_line(error)}); "
             f"{remedy}, or use --data shapes"
         ) from None
 

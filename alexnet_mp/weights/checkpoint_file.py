@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from alexnet_mp.config import Config
+from alexnet_mp.config.errors import first_line
 from alexnet_mp.config.files import atomic_writer, sync_folder, temporary_path
 from alexnet_mp.model.alexnet import AlexNet
 from alexnet_mp.weights.network_file import NetworkFile, checked_statistics
@@ -65,9 +66,9 @@ def load_torch(path: Path) -> Any:
     except PermissionError:
         raise ValueError(f"{path}: may not be read (permissions)") from None
     except Exception as error:  # torch raises errors of many kinds for a damaged file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{path}: not a readable checkpoint, damaged or of another program ({reason[0][:100]})"
+            f"{path}: not a readable checkpoint, damaged or of another program "
+            f"({first_line(error)[:100]})"
         ) from None
 
 

@@ -70,12 +70,19 @@ class Node:
     def text(self) -> str:
         return self.screen.read_text()
 
-    def says(self, words: str) -> None:
-        """Waits until it has printed `words`."""
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 90
-        while words not in self.text:
+        while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text
             time.sleep(0.05)
+
+    def says(self, words: str) -> None:
+        """Waits until it has printed `words`."""
+        self.wait_until(lambda: words in self.text)
+
+    def writes(self, path: Path) -> None:
+        """Waits until `path` is there."""
+        self.wait_until(path.exists)
 
     def errors(self) -> list[str]:
         return [line for line in self.text.splitlines() if line.startswith("error: ")]
@@ -139,13 +146,6 @@ def first_or_other(first: bool) -> dict[str, str]:
     return {"PET_RDZV_CONF": conf, "PET_LOCAL_ADDR": "127.0.0.1"}
 
 
-def wait_for(path: Path, node: Node) -> None:
-    deadline = time.monotonic() + 90
-    while not path.exists():
-        assert node.process.poll() is None and time.monotonic() < deadline, node.text
-        time.sleep(0.05)
-
-
 def finished(out: Path) -> bool:
     return json.loads((out / "result.json").read_text())["epochs"] >= 1
 
@@ -163,7 +163,7 @@ def test_of_two_nodes_one_dies_the_other_ends_and_the_job_goes_on_with_one(
         )
         for n in (0, 1)
     ]
-    wait_for(out / "last.pt", nodes[0])
+    nodes[0].writes(out / "last.pt")
     assert "4 ranks on cpu through gloo, 2 copies of the network" in nodes[0].text
     nodes[1].fails()
     died = time.monotonic()
@@ -187,13 +187,14 @@ def test_torchruns_that_find_each_other_train_on_two_nodes(start, out, port) -> 
 def test_a_node_may_come_and_leave_while_training_goes_on(start, out, port) -> None:
     words = arguments(line_with("--nnodes=1:2"), out, port, ROUNDS)
     nodes = [start(words, **first_or_other(True))]
-    wait_for(out / "last.pt", nodes[0])
+    nodes[0].writes(out / "last.pt")
     nodes.append(start(words, **first_or_other(False)))
     nodes[0].says("2 ranks on cpu")
     nodes[0].says("resumed from")
     nodes[1].process.terminate()
     nodes[0].says("started again by torchrun (1): resumed from")
     assert nodes[0].text.count("1 rank on cpu") == 2, nodes[0].text
+    assert nodes[0].ends() == 0 and finished(out), nodes[0].text
 
 
 def test_a_slurm_job_saves_before_its_time_is_over_and_goes_on_in_the_next(
@@ -203,7 +204,7 @@ def test_a_slurm_job_saves_before_its_time_is_over_and_goes_on_in_the_next(
     programs |= {"OUT": str(out), "PYTHON": sys.executable}
     line = line_with("sbatch")
     job = start(arguments(line, out, epochs=ROUNDS), **programs)
-    wait_for(out / "last.pt", job)
+    job.writes(out / "last.pt")
     os.kill(int((tmp_path / "bin" / "step.pid").read_text()), signal.SIGUSR1)
     assert job.ends() == 138, job.text
     assert (tmp_path / "bin" / "scontrol.txt").read_text() == f"requeue {cluster_programs.JOB}"
