@@ -170,8 +170,10 @@ def test_four_ranks_as_two_copies_train_as_one_device_to_rounding(finished, tmp_
     "ignore:The .grad attribute:UserWarning"
 )  # torch.compile looks at it itself
 def test_two_compiled_ranks_train_as_one_device_to_rounding(tmp_path) -> None:
-    one(tmp_path / "one", epochs=1)
-    result = two(tmp_path / "two", compile=True, epochs=1)
+    # Whole batches: each other size is compiled once more, and two cold compilers take minutes.
+    sizes = {"limit_train": 64, "limit_val": 32, "limit_test": 32}
+    one(tmp_path / "one", epochs=1, **sizes)
+    result = two(tmp_path / "two", compile=True, epochs=1, **sizes)
     assert history(tmp_path / "two")[0] == pytest.approx(
         history(tmp_path / "one")[0], rel=1e-4
     )  # fused operations round otherwise
