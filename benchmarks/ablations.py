@@ -114,11 +114,11 @@ class ClaimsRequest(TrainingRequest):
     """Which claims; beside these there are lrn-four-layers and start."""
     cifar_dir: str = ""
     """Image folder for the four-layer net, the paper's CIFAR-10; without it: --data."""
-    relu_epochs: int = 40
+    relu_epochs: int = 60
     """Upper limit for --claims relu, whose trainings end at the target."""
     seeds: int = 3
     """Each pair is trained with the seeds 0 to N - 1."""
-    rates: tuple[float, ...] = (0.001, 0.002, 0.004, 0.008)
+    rates: tuple[float, ...] = (0.002, 0.004, 0.008, 0.016)
     """Learning rates of the four-layer net for --claims relu. Each net counts with its fastest one,
     as in the paper."""
     out: str = "runs/ablations"
