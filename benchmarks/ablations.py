@@ -118,9 +118,9 @@ class ClaimsRequest(TrainingRequest):
     """Upper limit for --claims relu, whose trainings end at the target."""
     seeds: int = 3
     """Each pair is trained with the seeds 0 to N - 1."""
-    rates: tuple[float, ...] = (0.002, 0.004, 0.008, 0.016)
-    """Learning rates of the four-layer net for --claims relu. Each net counts with its fastest one,
-    as in the paper."""
+    rates: tuple[float, ...] = (0.016, 0.008, 0.004, 0.002)
+    """Learning rates of the four-layer net for --claims relu, which begins with the first. Each net
+    counts with its fastest one, as in the paper, and the others end where that one has ended."""
     out: str = "runs/ablations"
     """Folder for the trainings, the table (ablations.json) and the picture (relu.png)."""
 
