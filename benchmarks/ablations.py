@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from claims_picture import draw_claims, rows_with_interval
 from paired import Interval, interval, ratio_interval, verdict
 from training_request import Table, TrainingRequest, print_table
 from trainings import Training, epochs_until, found
@@ -122,7 +123,7 @@ class ClaimsRequest(TrainingRequest):
     """Learning rates of the four-layer net for --claims relu, which begins with the first. Each net
     counts with its fastest one, as in the paper, and the others end where that one has ended."""
     out: str = "runs/ablations"
-    """Folder for the trainings, the table (ablations.json) and the picture (relu.png)."""
+    """Folder for the trainings, the table (ablations.json) and pictures (claims.png, relu.png)."""
 
     def __post_init__(self) -> None:
         names = [claim.name for claim in CLAIMS]
@@ -358,6 +359,8 @@ def main() -> int:
         request = request.shortened(cifar_dir="", epochs=2, relu_epochs=2, seeds=1)
     made = Table("ablations", request, in_order, table)
     code = print_table(made, lines)
+    if rows := rows_with_interval(table(request)["claims"]):
+        draw_claims(rows, Path(request.out) / "claims.png")
     if "relu" in request.claims:
         draw_relu(request)
     return code

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Runs everything that needs a GPU, ordered by value, in about half an hour: bash benchmarks/gpu_session.sh OUT [CIFAR_FOLDER]
+# Runs everything that needs a GPU, ordered by value, in about half an hour:
+#     bash benchmarks/gpu_session.sh OUT [CIFAR_FOLDER [TINY_IMAGENET_FOLDER]]
 #
 # Works with one card (both ranks on it, through gloo) or two (NCCL), torch 2.6 to 2.14, and without network.
 # Each step is bounded, writes OUT/<step>.log and, where it has figures, OUT/<step>.json as soon as it ends; a step that fails or
 # runs out of time does not stop the others. OUT/summary.txt has a line for each step. SCALE=0.2 shortens all limits (a rehearsal);
 # DEVICE=cpu rehearses on a machine without a GPU; STEPS="check lrn" runs only these.
 set -u
-out=${1:?usage: bash benchmarks/gpu_session.sh OUT [CIFAR_FOLDER]}
+out=${1:?usage: bash benchmarks/gpu_session.sh OUT [CIFAR_FOLDER [TINY_IMAGENET_FOLDER]]}
 cifar=${2:-}
+tiny=${3:-}
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
 device=${DEVICE:-cuda}
@@ -59,5 +61,13 @@ step faults 240 "$python" tests/faults/table.py
 if [ -n "$cifar" ]; then
     step original-cifar10 300 "${ranks[@]}" launch/train.py --preset original --device "$device" --data folder \
         --data-dir "$cifar" --precision bf16 --epochs 90 --save-every 200 --out "$out/original-run"
+fi
+if [ -n "$tiny" ]; then
+    # 24 trainings, 16 at a time: 8 minutes on an H200 if the Multi-Process Service lets them share it.
+    if [ "$device" = cuda ] && command -v nvidia-cuda-mps-control > /dev/null; then nvidia-cuda-mps-control -d; fi
+    step ablations 600 "$python" benchmarks/ablations.py --device "$device" --data folder --data-dir "$tiny" \
+        --precision bf16 --epochs "${EPOCHS:-25}" --seeds 3 --jobs "${JOBS:-16}" --threads 1 --time-limit 570 \
+        --claims lrn overlap columns talking color crops dropout views --out "$out/ablations" --json "$out/ablations.json"
+    if [ "$device" = cuda ] && command -v nvidia-cuda-mps-control > /dev/null; then echo quit | nvidia-cuda-mps-control; fi
 fi
 echo "results in $out"

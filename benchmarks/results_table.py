@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from paired import CANNOT_TELL, HOLDS, OPPOSITE
 
 from alexnet_mp.cli.flags import parse_request
 from alexnet_mp.cli.process import run_main
@@ -27,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 READMES = ("README.md", "benchmarks/README.md")
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) ([^ ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+VIEWS = ("one_view", "ten_views")
 PRECISIONS = {"fp32": "float32", "bf16": "bf16", "fp16": "fp16"}
 
 Content = dict[str, Any]
@@ -161,21 +165,6 @@ def loader(content: Content) -> str:
     return markdown(["images/s and core", "plain", "with color noise"], rows)
 
 
-def claims_of_one_seed(content: Content) -> str:
-    """The claims as they were measured with one seed: differences of errors, no interval."""
-    rows = [
-        [
-            row["text"].replace("colour", "color"),
-            row["paper"],
-            f"{row['differences'][0]:+.1f}",
-            f"{row['differences_top5'][0]:+.1f}",
-        ]
-        for row in content["claims"]
-        if row["differences"] and row["unit"] == "points"
-    ]
-    return markdown(["claim", "paper", "top-1", "top-5"], rows)
-
-
 def claims(content: Content) -> str:
     """The claims with a 95 % interval over paired seeds, and a verdict on top-1 and top-5."""
     rows = []
@@ -220,19 +209,13 @@ def recipes(content: Content) -> str:
             row["text"],
             str(len(row["seeds"])),
             str(max(row["epochs"], default="-")),
-            *(
-                _accuracy(row[f"{v}_{top}"])
-                for v in ("one_view", "ten_views")
-                for top in ("top1", "top5")
-            ),
+            *(_accuracy(row[f"{v}_{top}"]) for v in VIEWS for top in ("top1", "top5")),
             ", ".join("never" if step is None else f"{step:,}" for step in row["left_plateau"]),
         ]
         for row in content["recipes"]
     ]
     if average := content["average"]:
-        cells = [
-            per_cent(average[v][top]) for v in ("one_view", "ten_views") for top in ("top1", "top5")
-        ]
+        cells = [per_cent(average[v][top]) for v in VIEWS for top in ("top1", "top5")]
         count = len(average["networks"])
         rows.append([f"the average of {count} of `original`", str(count), "", *cells, ""])
     head = ["", "seeds", "epochs", "one view, top-1", "top-5", "ten views, top-1", "top-5"]
@@ -267,14 +250,46 @@ def readings(content: Content) -> str:
     return markdown(["", left, "last loss", "", left, "last loss"], rows)
 
 
+def cifar10(content: Content) -> str:
+    """Accuracies on CIFAR-10's test images, of the best epoch's weights and of the last one's."""
+    rows = []
+    for preset in dict.fromkeys(network["preset"] for network in content["networks"]):
+        members = [one for one in content["networks"] if one["preset"] == preset]
+        for weights in ("best", "last"):
+            scores = [one["weights"][weights] for one in members]
+            ended = [one["best_epoch" if weights == "best" else "epochs"] for one in members]
+            rows.append(
+                [
+                    f"`{preset}`",
+                    ", ".join(str(one["seed"]) for one in members),
+                    f"{weights} epoch: {', '.join(map(str, ended))}",
+                    *(_each_and_mean([score.get(v) for score in scores]) for v in VIEWS),
+                ]
+            )
+    machine = content["machine"]
+    return markdown(["", "seeds", "weights of", "top-1, one view", "ten views"], rows) + (
+        f"\n{content['images']:,} test images, {content['image_size']} pixels, "
+        f"{content['precision']}; {machine['device_name']}, torch {machine['torch']}.\n"
+    )
+
+
+def _each_and_mean(scores: list[Content | None]) -> str:
+    """Top-1 of each network and, of several, their mean."""
+    values = [100 * score["top1"] for score in scores if score]
+    each = ", ".join(f"{value:.2f}" for value in values)
+    if len(values) < 2:
+        return f"{each} %" if values else "-"
+    return f"{each}; mean {statistics.mean(values):.2f} %"
+
+
 BLOCKS: dict[str, Callable[[Content], str]] = {
     "throughput": throughput,
     "exchange": exchange,
     "loader": loader,
-    "claims-of-one-seed": claims_of_one_seed,
     "claims": claims,
     "recipes": recipes,
     "readings": readings,
+    "cifar10": cifar10,
 }
 
 
@@ -284,8 +299,9 @@ BLOCKS: dict[str, Callable[[Content], str]] = {
 def headline(contents: dict[str, Content]) -> str:
     """The front page's table and its notes. `contents`: the files by their names."""
     speed, sent = contents["throughput-2-cores.json"], contents["exchange-2-cores.json"]
-    cifar, tiny = contents["original-cifar10-128px.json"], contents["recipes-tiny-imagenet.json"]
+    cifar, tiny = contents["cifar10-224px-h200.json"], contents["recipes-tiny-imagenet.json"]
     (original,) = (row for row in tiny["recipes"] if row["recipe"] == "original")
+    (large,) = (one for one in cifar["networks"] if one["preset"] == "original")
     rows = {row["row"]: row for row in speed["rows"] if row["precision"] == "fp32"}
     two, plain = rows["two"], rows["plain"]
     theirs, kept = rows["torchvision"], rows["torchvision-kept"]
@@ -316,8 +332,17 @@ def headline(contents: dict[str, Content]) -> str:
             "it learns",
             f"100 ImageNet classes at {tiny['request']['image_size']} pixels: top-1 {top1}, top-5 "
             f"{top5} ({len(original['seeds'])} seeds); averaged {averaged}. "
-            f"CIFAR-10 at {cifar['image_size']}: {per_cent(cifar['ten_views']['top1'])}",
+            f"CIFAR-10 at {cifar['image_size']}: "
+            f"{per_cent(large['weights']['last']['ten_views']['top1'])}",
             "[the commands][recipes]",
+        ],
+        [
+            "as the paper says",
+            _verdicts(
+                contents["ablations-tiny-imagenet.json"]["claims"]
+                + contents["relu-cifar10.json"]["claims"]
+            ),
+            "[the table][claims]",
         ],
     ]
     return markdown(["claim", "result", "command"], table) + (
@@ -331,6 +356,21 @@ def headline(contents: dict[str, Content]) -> str:
         f"- **Few bytes**: data parallelism sends {sent['bytes_per_step_data_parallel']:,}, "
         f"{sent['ratio_data_parallel_to_ours']:.1f} times as many.\n"
     )
+
+
+def _verdicts(rows: list[Content]) -> str:
+    """How many claims hold; top-5 counts where top-1 does not tell."""
+    first = [row["verdict"] for row in rows]
+    second = [row.get("verdict_top5") for row in rows if row["verdict"] == CANNOT_TELL]
+    (speed,) = (row["interval"][0] for row in rows if row["measure"] == "speed")
+    parts = [
+        f"{first.count(HOLDS)} of {len(rows)} claims hold",
+        f"{second.count(HOLDS)} more in top-5",
+        f"{first.count(OPPOSITE) + second.count(OPPOSITE)} the opposite",
+        f"{second.count(CANNOT_TELL)} cannot be told",
+    ]
+    counted = ", ".join(part for part in parts if not part.startswith("0 "))
+    return f"{counted}; ReLU: {speed:.1f} times fewer epochs"
 
 
 # --- files

@@ -23,9 +23,9 @@ TRAINING_COLOR, VALIDATION_COLOR, TOP5_COLOR = "tab:blue", "tab:orange", "tab:gr
 ACCURACIES = ("_top1", "_top5")
 """Ends of the keys whose values are accuracies; they are drawn as errors."""
 AXIS_LABELS = {
-    "train_loss": "training loss (with dropout)",
+    "train_loss": "training loss (in training mode)",
     "val_loss": "validation loss",
-    "train_top1": "training error (with dropout)",
+    "train_top1": "training error (in training mode)",
     "val_top1": "validation error",
     "val_top5": "validation error, top-5",
     "grad_norm": "norm of the gradient",

@@ -151,9 +151,9 @@ def test_runs_are_compared_by_curves_differences_and_results(copied, tmp_path) -
     text, facts = made(copied, "--compare", str(other), str(unfinished))
     overlaid = pictures_of(text)[: -len(PICTURES)]
     assert overlaid == [
-        "training loss (with dropout)",
+        "training loss (in training mode)",
         "validation loss",
-        "training error (with dropout)",
+        "training error (in training mode)",
         "validation error",
     ]
     table = text.partition('id="comparison"')[2].partition("</section>")[0]

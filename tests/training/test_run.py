@@ -188,6 +188,7 @@ def test_two_compiled_ranks_train_as_one_device_to_rounding(tmp_path) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Inductor's advice on TF32 and small GPUs
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's own, in Inductor's imports
 def test_a_run_replayed_as_cuda_graphs_trains_as_one_that_is_not(tmp_path) -> None:
     for name, graphs in (("plain", False), ("graphs", True)):
         one(tmp_path / name, device="cuda", cuda_graphs=graphs)
