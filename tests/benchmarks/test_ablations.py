@@ -181,6 +181,7 @@ def test_claims_are_measured_kept_and_found_again(tiny, tmp_path, monkeypatch, c
     assert "4 trainings, 0 of them found" in first and "1 at a time" in first
     content = read(out)
     assert json.loads(file.read_text()) == content
+    assert (out / "claims.png").stat().st_size > 5_000
     rows = {row["claim"]: row for row in content["claims"]}
 
     def errors(name: str, views: str = "one_view") -> list[float]:
