@@ -359,7 +359,7 @@ def main() -> int:
         request = request.shortened(cifar_dir="", epochs=2, relu_epochs=2, seeds=1)
     made = Table("ablations", request, in_order, table)
     code = print_table(made, lines)
-    if rows := rows_with_interval(table(request)["claims"]):
+    if rows := rows_with_interval(table(made.request)["claims"]):  # --fit has shortened its epochs
         draw_claims(rows, Path(request.out) / "claims.png")
     if "relu" in request.claims:
         draw_relu(request)

@@ -64,10 +64,12 @@ if [ -n "$cifar" ]; then
 fi
 if [ -n "$tiny" ]; then
     # 24 trainings, 16 at a time: 8 minutes on an H200 if the Multi-Process Service lets them share it.
-    if [ "$device" = cuda ] && command -v nvidia-cuda-mps-control > /dev/null; then nvidia-cuda-mps-control -d; fi
+    service=true
+    [ "$device" = cuda ] && command -v nvidia-cuda-mps-control > /dev/null && service=nvidia-cuda-mps-control
+    "$service" -d
     step ablations 600 "$python" benchmarks/ablations.py --device "$device" --data folder --data-dir "$tiny" \
         --precision bf16 --epochs "${EPOCHS:-25}" --seeds 3 --jobs "${JOBS:-16}" --threads 1 --time-limit 570 \
         --claims lrn overlap columns talking color crops dropout views --out "$out/ablations" --json "$out/ablations.json"
-    if [ "$device" = cuda ] && command -v nvidia-cuda-mps-control > /dev/null; then echo quit | nvidia-cuda-mps-control; fi
+    echo quit | "$service"
 fi
 echo "results in $out"

@@ -354,6 +354,16 @@ def test_with_fit_as_many_epochs_are_trained_as_the_time_holds(
     assert [one.config.recipe.epochs for one in table.order(table.request)] == [3, 3]
 
 
+def test_a_schedule_that_fit_shortened_has_its_picture(tiny, tmp_path, monkeypatch) -> None:
+    made = pools.Estimate({"original": 0.1}, 1.0, fixed=0.0, per_epoch=500.0, longest=500.0)
+    monkeypatch.setattr(pools, "estimate", lambda *_: made)
+    monkeypatch.setattr(requests, "STARTED", requests.time.monotonic())
+    flags = f"--claims views --epochs 2 --seeds 2 --time-limit 1000 --fit --out {tmp_path / 'out'}"
+    call(claims, [*tiny, *flags.split()], monkeypatch)
+    assert read(tmp_path / "out")["request"]["epochs"] == 1
+    assert (tmp_path / "out" / "claims.png").stat().st_size > 5_000
+
+
 def test_no_number_of_jobs_makes_the_longest_training_shorter() -> None:
     made = pools.Estimate({"original": 0.1}, 1.0, fixed=10.0, per_epoch=20.0, longest=50.0)
     assert made.seconds(4) == 200 and made.epochs_within(210) == 4
